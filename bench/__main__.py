@@ -1,0 +1,171 @@
+"""Compare `vunify` with the programs that link equal files too. Needs root and some 20 GB of disk.
+
+    python -m bench unify                 real guests: times, bytes reclaimed, memory
+    python -m bench scale --kind mix      seeded trees: 100,000 and 1,000,000 files
+
+Reports go to bench/reports/ as Markdown and JSON. A text NAME.notes.md beside them becomes part
+of the Markdown.
+"""
+
+import argparse
+import logging
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Final, NoReturn
+
+from bench import cases, machine, report
+from bench.cases import Options, Results
+from bench.figures import Target, scale_targets, unify_targets
+from bench.images import FILE_SYSTEMS, BenchError, enter_mount_namespace
+from bench.report import Listed, Report
+from bench.rivals import PROGRAMS, VUNIFY, Program
+from bench.seeded import KINDS
+from tests.fixtures.filesystems import scratch
+
+log = logging.getLogger("bench")
+
+_REPORTS: Final = Path(__file__).parent / "reports"
+_CASES: Final = {"unify": cases.unify, "scale": cases.scale}
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run one case; gives the exit code: 0 done (whatever the figures say), 1 could not run."""
+    options = _parse(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
+    try:
+        _check(options)
+        enter_mount_namespace(list(arguments))
+        _run(options)
+    except BenchError as error:
+        log.error("bench: %s", error)
+        return 1
+    except KeyboardInterrupt:
+        log.warning("bench: interrupted; nothing is left behind")
+        return 130
+    return 0
+
+
+def _interrupt(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        "python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("case", choices=sorted(_CASES))
+    add("--size", choices=("small", "full"), default="full")
+    add("--repeat", type=int, default=3, metavar="N", help="rounds in turn (default 3)")
+    add("--fs", choices=FILE_SYSTEMS, default="xfs", help="file system of the trees (default xfs)")
+    add("--out", type=Path, default=_REPORTS, metavar="DIR", help="where reports go")
+    add(
+        "--work",
+        type=Path,
+        metavar="DIR",
+        help="where images go (default: VTEST_TMP, else /var/tmp)",
+    )
+    add(
+        "--kind",
+        action="append",
+        choices=sorted(KINDS),
+        help="scale: these trees (default: equal, different, mix)",
+    )
+    names = [program.name for program in PROGRAMS]
+    add("--program", action="append", choices=names, help="these programs only")
+    add(
+        "--timeout",
+        type=float,
+        default=1800,
+        metavar="S",
+        help="seconds for one pass (default 1800)",
+    )
+    return parser.parse_args(arguments)
+
+
+def _check(options: argparse.Namespace) -> None:
+    if os.geteuid():
+        raise BenchError("it mounts file systems and links as root does: run it as root")
+    needed = ["unshare", "mount", f"mkfs.{options.fs}"]
+    needed += ["debootstrap", "tar"] if options.case == "unify" else []
+    missing = [name for name in needed if shutil.which(name) is None]
+    if missing:
+        raise BenchError(f"not installed: {', '.join(missing)}")
+
+
+def _run(options: argparse.Namespace) -> None:
+    load = os.getloadavg()[0]
+    programs = _chosen_programs(options)
+    wanted = Options(
+        size=options.size,
+        rounds=options.repeat,
+        file_system=options.fs,
+        work=options.work or scratch(),
+        programs=[one for one in programs if one.find() is not None],
+        kinds=options.kind or cases.SCALE_KINDS,
+        timeout_s=options.timeout,
+    )
+    results = _CASES[options.case](wanted)
+    name = _report_name(options)
+    made = Report(
+        case=options.case,
+        size=options.size,
+        day=datetime.now(UTC).date().isoformat(),
+        rounds=options.repeat,
+        machine=machine.look(file_system=options.fs, load_before=load),
+        programs=[_listed(program) for program in programs],
+        runs=results.runs,
+        targets=_targets(options.case, results, wanted),
+        ledger=results.ledger,
+        notes=_notes(options.out / f"{name}.notes.md"),
+    )
+    report.write(made, options.out, name)
+    sys.stdout.write(report.show_targets(made.targets))
+
+
+def _chosen_programs(options: argparse.Namespace) -> list[Program]:
+    """Those that were asked for, installed or not; `scale` leaves out what would take hours."""
+    names = {one.name for one in PROGRAMS} if options.program is None else set(options.program)
+    if options.case == "scale":
+        names &= set(cases.SCALE_PROGRAMS)
+    return [one for one in PROGRAMS if one.name in names]
+
+
+def _targets(case: str, results: Results, options: Options) -> list[Target]:
+    if case == "scale":
+        return scale_targets(results.runs, options.kinds)
+    peers = [program.name for program in options.programs if program.name != VUNIFY]
+    return unify_targets(results.runs, peers, results.ledger)
+
+
+def _listed(program: Program) -> Listed:
+    return Listed(
+        name=program.name,
+        shown=program.shown,
+        version=program.find_version(),
+        package=program.package,
+        is_missing=program.find() is None,
+    )
+
+
+def _report_name(options: argparse.Namespace) -> str:
+    """`unify` for the full size on xfs; whatever else was asked for shows in the name."""
+    marks = [options.case]
+    marks += [options.fs] if options.fs != "xfs" else []
+    marks += [options.size] if options.size != "full" else []
+    return "-".join(marks)
+
+
+def _notes(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

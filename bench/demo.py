@@ -1,0 +1,171 @@
+"""What `make demo` shows: ten real guests in an image file, unified by the installed commands.
+
+Everything happens below one private folder, which is taken down however the demo ends; only the
+cache of built guests stays.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from time import monotonic
+from typing import Final, NoReturn
+
+from tests.fixtures.filesystems import (
+    Filesystem,
+    Site,
+    copy_tree,
+    free_bytes,
+    make_site,
+    mount_image,
+    private_folder,
+    scratch,
+)
+from tests.fixtures.guests import (
+    DB,
+    WEB,
+    CannotBuild,
+    add_extra_files,
+    build_all,
+    cannot_build,
+    personalise,
+    unpack,
+)
+
+_NAMES: Final = tuple(f"{role}{number}" for role in ("web", "db") for number in range(1, 6))
+_IMAGE_SIZE: Final = 12 << 30
+_DISK_NEEDED: Final = 7 << 30
+"""Ten guests that share nothing, and the archives of two."""
+_VICTIM: Final = "usr/lib/os-release"
+
+
+class DemoFailed(Exception):
+    """A step did not do what it was to show."""
+
+
+def main() -> int:
+    """Run the demo; returns the exit status."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGHUP, _interrupt)
+    started = monotonic()
+    try:
+        with private_folder() as folder, _undisturbed_end():
+            _demonstrate(folder)
+    except (DemoFailed, OSError, subprocess.SubprocessError) as error:
+        sys.stderr.write(f"demo: {error}\n")
+        return 1
+    except KeyboardInterrupt:
+        sys.stderr.write("demo: interrupted; everything is cleaned up\n")
+        return 130
+    _say(f"\nDone in {monotonic() - started:.0f} s; everything is cleaned up.")
+    return 0
+
+
+def _interrupt(_signal: int, _frame: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+@contextmanager
+def _undisturbed_end() -> Iterator[None]:
+    """After the block no second Ctrl-C stops the cleaning up, nor the programs that do it."""
+    try:
+        yield
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+
+
+def _demonstrate(folder: Path) -> None:
+    _check_needs()
+    mount = mount_image("ext4", folder, size=_IMAGE_SIZE)
+    site = make_site(Filesystem("ext4", mount, mount))
+    os.environ["VSERVER_CONFDIR"] = os.fspath(site.confdir)
+    os.environ["VSERVER_VDIRBASE"] = os.fspath(site.vdirbase)
+    os.environ["VSERVER_RUNDIR"] = os.fspath(site.rundir)
+    empty = free_bytes(mount)
+    _make_guests(site)
+    before = empty - free_bytes(mount)
+    _run("vunify", "--all")
+    after = empty - free_bytes(mount)
+    _run("vdu")
+    _say(
+        f"\nDisk use by statvfs: {_megabytes(before)} before, {_megabytes(after)} after: "
+        f"{after / before:.0%} of what it was."
+    )
+    _break_one(site)
+    _run("vpool", "verify")
+
+
+def _check_needs() -> None:
+    if os.geteuid() != 0:
+        raise DemoFailed("needs root: it mounts an image and builds guests")
+    if reason := cannot_build([WEB, DB]):
+        raise DemoFailed(reason)
+    free = shutil.disk_usage(scratch()).free
+    if free < _DISK_NEEDED:
+        raise DemoFailed(
+            f"{scratch()} has {_megabytes(free)} free, {_megabytes(_DISK_NEEDED)} are needed "
+            "(VTEST_TMP names another place)"
+        )
+
+
+def _make_guests(site: Site) -> None:
+    """Five guests each of two package sets, all with a life of their own."""
+    _say("Building two Debian guests with debootstrap; the next time they come from the cache.")
+    try:
+        build_all([WEB, DB])
+    except CannotBuild as error:
+        raise DemoFailed(f"{error}\nhint: does the mirror that apt uses answer?") from error
+    _say(f"Making ten guests of them: {' '.join(_NAMES)}")
+    for recipe in (WEB, DB):
+        first, *others = (name for name in _NAMES if name.startswith(recipe.role))
+        unpack(recipe, site.root(first))
+        for name in others:
+            copy_tree(site.root(first), site.root(name))
+    for number, name in enumerate(_NAMES, start=1):
+        personalise(site.root(name), name, number)
+        site.register(name, site.root(name))
+    add_extra_files(site.root(_NAMES[0]))
+
+
+def _break_one(site: Site) -> None:
+    """One guest gets a private copy of a shared file and changes it; its sibling sees nothing."""
+    mine, theirs = (site.root(name) / _VICTIM for name in _NAMES[:2])
+    original = theirs.read_bytes()
+    _say(f"\n{_VICTIM} is one inode in {mine.stat().st_nlink - 1} guests; a write is refused:")
+    try:
+        mine.write_bytes(b"never")
+    except PermissionError as error:
+        _say(f"  {error}")
+    else:
+        raise DemoFailed(f"{mine} is not protected")
+    _run("vpool", "break", os.fspath(mine))
+    mine.write_bytes(b"NAME='changed in one guest'\n")
+    if theirs.read_bytes() != original:
+        raise DemoFailed(f"{theirs} changed with {mine}")
+    _say(f"{_NAMES[0]} has changed its own copy; {_NAMES[1]} has the old content.")
+
+
+def _run(name: str, *arguments: str) -> None:
+    """Run an installed command as a person would, its output shown."""
+    _say(f"\n$ {' '.join((name, *arguments))}")
+    done = subprocess.run([Path(sys.executable).parent / name, *arguments], check=False)
+    if done.returncode:
+        raise DemoFailed(f"{name} ended with {done.returncode}")
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1_000_000:,.0f} MB"
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,212 @@
+"""Power loss at any moment: what was durable stays, and no object has other content than its name says.
+
+The file system under test lies in an image that is cloned while the command stands still before a
+call: that is what the disk holds at this moment. Before some clones the journal is made to commit,
+by an fsync of a file of no interest: then names and flags are on the disk, data perhaps not.
+"""
+
+import fcntl
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from tests.fixtures.filesystems import (
+    KINDS,
+    Filesystem,
+    Site,
+    make_site,
+    mount_image,
+    remove,
+)
+from tests.fixtures.probes import is_soak, need, on, scaled
+from tests.fixtures.runs import find_faults
+from tests.fixtures.stepper import Outcome, Scene, Step, command, run_traced
+from tests.fixtures.trees import File, Row, Snapshot, differences, snapshot
+from vstore.commands import vunify
+
+pytestmark = [need("immutable", "lease", "reflink"), on("xfs")]
+"""The image lies on xfs, which clones a file that is being written to as one moment shows it."""
+
+_FICLONE: Final = 0x40049409  # linux/fs.h
+_SIZE: Final = 400 << 20
+_NAMES: Final = ("web", "db", "mail")
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """A file system in an image of the test's own; `clones` are copies of it at some moments."""
+
+    kind: str
+    folder: Path
+    site: Site
+    clones: list[Path] = field(default_factory=list)
+
+    @property
+    def mount(self) -> Path:
+        return self.folder / self.kind
+
+    @contextmanager
+    def as_it_was(self, clone: Path) -> Iterator[None]:
+        """The clone stands in the place of the file system, its journal replayed."""
+        subprocess.run(["mount", "-t", self.kind, "-o", "loop", clone, self.mount], check=True)
+        try:
+            yield
+        finally:
+            subprocess.run(["umount", self.mount], check=True)
+
+    def lose_power(self) -> None:
+        """From here on only the clones count."""
+        subprocess.run(["umount", self.mount], check=True)
+
+
+@pytest.fixture(params=KINDS)
+def box(
+    request: pytest.FixtureRequest, fs: Filesystem, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Box]:
+    mount = mount_image(request.param, fs.folder, size=_SIZE)
+    (mount / "top").mkdir()
+    site = make_site(Filesystem(request.param, mount, mount / "top"))
+    for name in ("confdir", "vdirbase", "rundir"):
+        monkeypatch.setenv(f"VSERVER_{name.upper()}", os.fspath(getattr(site, name)))
+    try:
+        yield Box(request.param, fs.folder, site)
+    finally:
+        remove(mount)
+
+
+class Clock:
+    """An on_step that clones the image before some of the steps that change something."""
+
+    def __init__(self, box: Box, every: int, first: int) -> None:
+        self._box = box
+        self._every = every
+        self._first = first
+        self._image = box.folder / f"{box.kind}.img"
+        self._poke = box.mount / "of no interest"
+        self.seen = 0
+
+    def __call__(self, step: Step, scene: Scene) -> None:
+        if step.call in ("sendto", "lock", "flock", "setlease"):
+            return
+        self.seen += 1
+        if self.seen % self._every != self._first % self._every:
+            return
+        clone = self._box.folder / f"{self.seen:05}.img"
+        if self.seen // self._every % 3:
+            self._commit()
+        self._clone(clone)
+        scene.notes.append(os.fspath(clone))
+
+    def _commit(self) -> None:
+        with self._poke.open("a") as file:
+            file.write("x")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _clone(self, path: Path) -> None:
+        with path.open("xb") as target, self._image.open("rb") as source:
+            fcntl.ioctl(target, _FICLONE, source.fileno())
+
+
+def _rows(count: int) -> list[Row]:
+    sizes = (20, 300, 5_000, 70_000, 300_000)
+    return [
+        File(f"usr/{number % 4}/{number}", b"%0*d" % (sizes[number % 5], number))
+        for number in range(count)
+    ]
+
+
+def _sync(box: Box) -> None:
+    subprocess.run(["sync", "--file-system", box.mount], check=True)
+
+
+def _run(box: Box, *arguments: str) -> Outcome:
+    done = run_traced(command(vunify.main, "--all", "-q", *arguments))
+    assert done.code == 0, done.output
+    return done
+
+
+def _clone_while(box: Box, *arguments: str) -> list[Path]:
+    """Run vunify and clone the image at some twelve moments; at each one in make soak."""
+    every = 1 if is_soak() else 9
+    clock = Clock(box, every, KINDS.index(box.kind) * 3)
+    done = run_traced(command(vunify.main, "--all", "-q", *arguments), clock, timeout_s=300)
+    assert done.code == 0, done.output
+    assert len(done.notes) >= 5, "too few moments"
+    return [Path(path) for path in done.notes]
+
+
+def _lost(before: Snapshot, root: Path) -> list[str]:
+    """What differs, but for the times of folders, which a death may cost."""
+    folders = {repr(path) for path, entry in before.items() if entry.kind == "d"}
+    return [
+        line
+        for line in differences(before, snapshot(root))
+        if line.split(": mtime_ns was")[0] not in folders
+    ]
+
+
+def _wrong_objects(box: Box) -> list[str]:
+    return [
+        fault for fault in find_faults(box.site.pool) if "has other" in fault or ": is " in fault
+    ]
+
+
+def _assert_each_clone_recovers(
+    box: Box, clones: list[Path], before: dict[str, Snapshot], again: Callable[[], Outcome]
+) -> None:
+    box.lose_power()
+    for clone in clones:
+        with box.as_it_was(clone):
+            if (box.site.pool / "objects").exists():
+                assert _wrong_objects(box) == [], clone
+            for name, snap in before.items():
+                assert _lost(snap, box.site.root(name)) == [], clone
+            done = again()
+            assert find_faults(box.site.pool) == [], (clone, done.output)
+            for name, snap in before.items():
+                assert _lost(snap, box.site.root(name)) == [], clone
+        clone.unlink()
+
+
+@pytest.mark.timeout(3600 if is_soak() else 120)
+def test_power_loss_while_unifying_leaves_objects_absent_or_right(box: Box) -> None:
+    rows = _rows(scaled(20, 60))
+    box.site.add_guest("web", rows)
+    _run(box)
+    _sync(box)
+    before = {"web": snapshot(box.site.root("web"))}
+    for name in ("db", "mail"):  # not on the disk yet: whatever becomes an object must get there
+        box.site.add_guest(name, [*rows, File(f"own/{name}", b"of one guest alone")])
+    clones = _clone_while(box)
+    _assert_each_clone_recovers(box, clones, before, lambda: _run(box))
+
+
+@pytest.mark.timeout(3600 if is_soak() else 120)
+def test_power_loss_while_links_are_broken_loses_no_file(box: Box) -> None:
+    for name in _NAMES:
+        box.site.add_guest(name, _rows(scaled(10, 60)))
+    _run(box)
+    _sync(box)
+    before = {name: snapshot(box.site.root(name)) for name in _NAMES}
+    clones = _clone_while(box, "--undo")
+    _assert_each_clone_recovers(box, clones, before, lambda: _run(box, "--undo"))
+
+
+@pytest.mark.timeout(120)
+def test_power_loss_right_after_the_end_leaves_every_file_complete(box: Box) -> None:
+    for name in _NAMES:
+        box.site.add_guest(name, _rows(20))
+    _sync(box)
+    before = {name: snapshot(box.site.root(name)) for name in _NAMES}
+    _run(box)
+    clock = Clock(box, 1, 0)
+    scene = Scene(0)
+    clock(Step(1, 0, "linkat", ()), scene)
+    _assert_each_clone_recovers(box, list(map(Path, scene.notes)), before, lambda: _run(box))

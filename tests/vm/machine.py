@@ -1,0 +1,175 @@
+"""Boot Debian 12's own kernel under qemu with this checkout, and run tests there.
+
+    tests/vm/run [--accel kvm|tcg] [--limit SECONDS] [PYTEST ARGUMENT...]
+
+What is no option of ours is given to pytest: `tests/vm/run -k clock`, `tests/vm/run tests/root`.
+With no path tests/vm runs. The exit status is pytest's; without one (a crash, the limit) it is 1.
+
+The machine has two disks: the image of image.py (what is written to it is thrown away) and a tar
+archive with the checkout. It has two serial ports: the console, and one on which init reports
+"exit N". It has no network.
+"""
+
+import argparse
+import fcntl
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import tarfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from time import monotonic, sleep
+from typing import Final
+
+from tests.vm.image import (
+    ENDS_WITH_US,
+    Image,
+    cache_folder,
+    check_host,
+    copy_checkout,
+    load_image,
+)
+from vstore.errors import ToolError
+
+_MEMORY: Final = "2G"
+_KVM_LIMIT_S: Final = 10
+_POLL_S: Final = 0.2
+_PASSED_ON: Final = ("VTEST_REQUIRE", "VTEST_SOAK")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the tests; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="run", description=__doc__, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--accel", choices=("kvm", "tcg"), help="default: kvm where it works")
+    parser.add_argument("--limit", type=int, default=900, help="seconds; default: %(default)s")
+    ours, pytest_arguments = parser.parse_known_args(arguments)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        check_host()
+        with _only_one(cache_folder()) as cache:
+            return _run_tests(cache, pytest_arguments, accel=ours.accel, limit_s=ours.limit)
+    except ToolError as error:
+        hint = f"hint: {error.hint}\n" if error.hint else ""
+        sys.stderr.write(f"test-vm: {error}\n{hint}")
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+
+
+@contextmanager
+def _only_one(cache: Path) -> Iterator[Path]:
+    """Hold the lock of `cache`; a second run waits for the first."""
+    with (cache / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            sys.stderr.write("test-vm: waiting for another run to end\n")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield cache
+
+
+def _run_tests(
+    cache: Path, pytest_arguments: Sequence[str], *, accel: str | None, limit_s: int
+) -> int:
+    image = load_image(cache)
+    with TemporaryDirectory(dir=cache, prefix="work-") as folder:
+        work = Path(folder)
+        _pack_checkout(work, pytest_arguments)
+        chosen = accel or _choose_accelerator(cache, image)
+        sys.stderr.write(f"test-vm: booting ({chosen}); the console goes to {cache}/console.log\n")
+        finished = _boot(image, work, cache / "console.log", accel=chosen, limit_s=limit_s)
+        report = (work / "report").read_text(errors="replace")
+    found = re.search(r"^exit (\d+)\s*$", report, re.MULTILINE)
+    if not found:
+        reason = "ended without a result" if finished else f"was not done after {limit_s} s"
+        hint = f"see the end of {cache}/console.log" + ("" if finished else "; --limit gives more")
+        raise ToolError(f"the virtual machine {reason}", hint=hint)
+    return int(found[1])
+
+
+def _pack_checkout(work: Path, pytest_arguments: Sequence[str]) -> None:
+    """Write the second disk: the checkout, and the settings that init reads."""
+    passed = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
+    exports = [f"export {name}={shlex.quote(value)}" for name, value in passed.items()]
+    (work / "settings").write_text(
+        "\n".join([*exports, f"set -- {shlex.join(pytest_arguments)}\n"])
+    )
+    copy_checkout(work / "vserver-tools")
+    with tarfile.open(work / "checkout.tar", "w") as tar:
+        for name in ("settings", "vserver-tools"):
+            tar.add(work / name, name)
+
+
+def _choose_accelerator(cache: Path, image: Image) -> str:
+    """kvm where it boots the kernel, which is tried once after each start of this machine."""
+    if not os.access("/dev/kvm", os.R_OK | os.W_OK):
+        return "tcg"
+    boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    verdict = cache / f"accelerator-{boot_id}"
+    if not verdict.exists():
+        for old in cache.glob("accelerator-*"):
+            old.unlink()
+        verdict.write_text("kvm" if _boots_with_kvm(image) else "tcg")
+    return "kvm" if verdict.read_text() == "kvm" else "tcg"
+
+
+def _boots_with_kvm(image: Image) -> bool:
+    """Whether the kernel starts its first process, which ends at once, in good time."""
+    command = [*_qemu(image, "kvm", "init=/bin/true"), "-serial", "null"]
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=_KVM_LIMIT_S, check=False)
+    except subprocess.TimeoutExpired:
+        return False
+    return done.returncode == 0
+
+
+def _qemu(image: Image, accel: str, *parameters: str) -> list[str]:
+    """The command but for serial ports; panic=-1 and -no-reboot make every way out end it."""
+    options = "root=/dev/nvme0n1 rw rootflags=noinit_itable console=ttyS0 quiet panic=-1"
+    return [
+        *ENDS_WITH_US,
+        *("qemu-system-x86_64", "-accel", accel, "-cpu", "max", "-smp", "2", "-m", _MEMORY),
+        *("-nodefaults", "-display", "none", "-no-reboot"),
+        *("-kernel", os.fspath(image.kernel), "-append", " ".join([options, *parameters])),
+        *_disk("root", f"{image.disk},snapshot=on,cache=unsafe"),
+    ]
+
+
+def _disk(name: str, options: str) -> tuple[str, ...]:
+    drive = f"if=none,id={name},format=raw,file={options}"
+    return ("-drive", drive, "-device", f"nvme,drive={name},serial={name}")
+
+
+def _boot(image: Image, work: Path, console: Path, *, accel: str, limit_s: int) -> bool:
+    """Run the machine, showing its console, until it turns itself off: False if it did not."""
+    command = [
+        *_qemu(image, accel),
+        *_disk("checkout", f"{work}/checkout.tar,readonly=on"),
+        *("-serial", f"file:{console}", "-serial", f"file:{work}/report"),
+    ]
+    deadline = monotonic() + limit_s
+    console.write_bytes(b"")
+    (work / "report").touch()
+    # qemu keeps what the machine writes to its disk in an unlinked file there.
+    machine = subprocess.Popen(command, env=os.environ | {"TMPDIR": os.fspath(work)})
+    try:
+        with console.open("rb") as seen:
+            while machine.poll() is None and monotonic() < deadline:
+                _show(seen.read())
+                sleep(_POLL_S)
+            _show(seen.read())
+        return machine.poll() is not None
+    finally:
+        machine.kill()
+        machine.wait()
+
+
+def _show(output: bytes) -> None:
+    sys.stdout.buffer.write(output)
+    sys.stdout.buffer.flush()

@@ -1,0 +1,1 @@
+"""vrun: run guests in their own contexts on a stock kernel."""

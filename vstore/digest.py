@@ -1,0 +1,67 @@
+"""Digests of content:
+
+BLAKE3 over a file's bytes, read under a lease that proves nobody was writing.
+"""
+
+import os
+from collections.abc import Callable, Iterable
+from typing import Final
+
+from blake3 import blake3
+
+from vstore import extents
+
+_BUFFER: Final = 1 << 20
+SMALL: Final = _BUFFER
+"""Smaller files (bytes) are read in one piece."""
+_ASK_EACH: Final = 16 << 20
+_ZEROS: Final = bytes(_BUFFER)
+_buffer = bytearray(_BUFFER)
+_view = memoryview(_buffer)
+
+
+def digest_content(
+    fd: int, status: os.stat_result, *, wanted: Callable[[], bool] | None = None
+) -> bytes:
+    """BLAKE3 (32 bytes) over the `status.st_size` bytes behind `fd`. Holes are not read.
+
+    `wanted` is asked every some MiB; once it says no the digest of a part is returned.
+
+    A file that turns out shorter gives the digest of what there is: the caller compares its size.
+    Raises OSError.
+    """
+    size = status.st_size
+    if size < _BUFFER:
+        return blake3(os.pread(fd, size, 0)).digest()
+    hasher = blake3()
+    position = 0
+    for start, end in _stretches(fd, status):
+        _update_zeros(hasher, start - position)
+        for step in range(start, end, _ASK_EACH):
+            if wanted is not None and not wanted():
+                return hasher.digest()
+            _update(hasher, fd, step, min(end, step + _ASK_EACH))
+        position = end
+    _update_zeros(hasher, size - position)
+    return hasher.digest()
+
+
+def _stretches(fd: int, status: os.stat_result) -> Iterable[tuple[int, int]]:
+    if status.st_blocks * 512 >= status.st_size:
+        return [(0, status.st_size)]
+    return extents.data_ranges(fd, status.st_size)
+
+
+def _update(hasher: blake3, fd: int, start: int, end: int) -> None:
+    while start < end:
+        got = os.preadv(fd, [_view[: min(_BUFFER, end - start)]], start)
+        if got == 0:
+            return
+        hasher.update(_view[:got])
+        start += got
+
+
+def _update_zeros(hasher: blake3, count: int) -> None:
+    while count > 0:
+        hasher.update(_ZEROS[: min(count, _BUFFER)])
+        count -= _BUFFER

@@ -1,0 +1,140 @@
+"""System calls that Python does not offer, declared once.
+
+The one module that imports ctypes. Every function raises OSError with the call's errno. Structures
+and numbers are those of the 64-bit Linux interfaces (linux/openat2.h, linux/stat.h, linux/fs.h);
+x86_64 and aarch64 share them.
+"""
+
+import ctypes
+import os
+from typing import Any, Final
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _check(result: int, function: Any, arguments: tuple[Any, ...]) -> int:
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    return result
+
+
+def _declare(name: str, *argument_types: Any) -> Any:
+    function = getattr(_libc, name)
+    function.argtypes = argument_types
+    function.restype = ctypes.c_int
+    function.errcheck = _check
+    return function
+
+
+# --- openat2(2)
+# -------------------------------------------------------------------------------------------
+
+RESOLVE_NO_XDEV: Final = 0x01
+RESOLVE_NO_MAGICLINKS: Final = 0x02
+RESOLVE_NO_SYMLINKS: Final = 0x04
+RESOLVE_BENEATH: Final = 0x08
+RESOLVE_IN_ROOT: Final = 0x10
+_SYS_OPENAT2: Final = 437
+
+
+class _OpenHow(ctypes.Structure):
+    _fields_ = (("flags", ctypes.c_uint64), ("mode", ctypes.c_uint64), ("resolve", ctypes.c_uint64))
+
+
+_syscall = _declare(
+    "syscall",
+    ctypes.c_long,
+    ctypes.c_int,
+    ctypes.c_char_p,
+    ctypes.POINTER(_OpenHow),
+    ctypes.c_size_t,
+)
+
+
+def openat2(directory_fd: int, path: bytes, *, flags: int, resolve: int) -> int:
+    """Open `path` below `directory_fd` under the RESOLVE_ rules of openat2(2); close-on-exec.
+
+    Raises OSError: EXDEV for a mount point or an escape, ELOOP for a symlink, ENAMETOOLONG past
+    4,095 bytes.
+    """
+    how = _OpenHow(flags | os.O_CLOEXEC, 0, resolve)
+    result: int = _syscall(_SYS_OPENAT2, directory_fd, path, how, ctypes.sizeof(how))
+    return result
+
+
+# --- renameat2(2), syncfs(2)
+# ------------------------------------------------------------------------------
+
+RENAME_NOREPLACE: Final = 1
+RENAME_EXCHANGE: Final = 2
+
+_renameat2 = _declare(
+    "renameat2", ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint
+)
+_syncfs = _declare("syncfs", ctypes.c_int)
+
+
+def renameat2(source_fd: int, source: bytes, target_fd: int, target: bytes, *, flags: int) -> None:
+    """Rename between two folders under the RENAME_ flags of renameat2(2). Raises OSError."""
+    _renameat2(source_fd, source, target_fd, target, flags)
+
+
+def syncfs(fd: int) -> None:
+    """Write everything of the file system behind `fd` to disk.
+
+    Raises OSError (EIO, ENOSPC) if that failed.
+    """
+    _syncfs(fd)
+
+
+# --- statx(2)
+# ---------------------------------------------------------------------------------------------
+
+STATX_BTIME: Final = 0x800
+STATX_ATTR_IMMUTABLE: Final = 0x10
+_AT_EMPTY_PATH: Final = 0x1000
+
+
+class _Timestamp(ctypes.Structure):
+    _fields_ = (
+        ("tv_sec", ctypes.c_int64),
+        ("tv_nsec", ctypes.c_uint32),
+        ("reserved", ctypes.c_int32),
+    )
+
+
+class Statx(ctypes.Structure):
+    """struct statx as far as btime; the rest is padding up to its 256 bytes."""
+
+    _fields_ = (
+        ("mask", ctypes.c_uint32),
+        ("blksize", ctypes.c_uint32),
+        ("attributes", ctypes.c_uint64),
+        ("nlink", ctypes.c_uint32),
+        ("uid", ctypes.c_uint32),
+        ("gid", ctypes.c_uint32),
+        ("mode", ctypes.c_uint16),
+        ("spare0", ctypes.c_uint16),
+        ("ino", ctypes.c_uint64),
+        ("size", ctypes.c_uint64),
+        ("blocks", ctypes.c_uint64),
+        ("attributes_mask", ctypes.c_uint64),
+        ("atime", _Timestamp),
+        ("btime", _Timestamp),
+        ("spare", ctypes.c_uint8 * 160),
+    )
+
+
+_statx = _declare(
+    "statx", ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_uint, ctypes.POINTER(Statx)
+)
+
+
+def statx(fd: int, mask: int) -> Statx:
+    """What statx(2) says of the inode behind `fd`; look at `mask` and `attributes_mask` for what is
+    known.
+    """
+    result = Statx()
+    _statx(fd, b"", _AT_EMPTY_PATH, mask, result)
+    return result
