@@ -300,7 +300,8 @@ class Linker:
                     f"{error.strerror}",
                     hint="free some space; names that are links already stay so",
                 ) from error
-            raise
+            for item in objects:
+                self._answer(item.slot.members, _explain(error))
 
     def _open_slot(self, slot: Slot) -> _Object | None:
         try:
@@ -358,8 +359,6 @@ class Linker:
         try:
             if item.adopted is not None:
                 self._adopt(item)
-            elif not inode.is_immutable(item.fd):
-                self._answer(item.slot.members, RETRY)  # a killed program's; recovery's business
             elif self._is_good(item):
                 with self._windows.thawed(item.fd):
                     self._link_members(item)
@@ -367,11 +366,15 @@ class Linker:
             self._answer(item.slot.members, _explain(error))
 
     def _is_good(self, item: _Object) -> bool:
-        """Whether the object still is what its name says:
+        """Whether the object still is what its name says: a bad one is given to nobody further.
 
-        a bad one is given to no further guest.
+        One that was left thawed is frozen again if it is good.
         """
-        if not item.members or is_sound(item.name, item.fd):
+        if not item.members:
+            return False
+        if is_sound(item.name, item.fd):
+            if not inode.is_immutable(item.fd):
+                self._windows.freeze(item.fd)
             return True
         with self._windows.thawed(item.fd):
             self._pool.quarantine(item.name, "its content or metadata are not what its name says")

@@ -24,6 +24,7 @@ BUSY: Final = "busy"
 NOT_FROZEN: Final = "not-frozen"
 
 _PROC_FDS: Final = "/proc/self/fd"
+_LONG_COPY: Final = 64 << 20  # bytes that may take so long that leases would be broken meanwhile
 
 
 def make_private_copy(source_fd: int, folder_fd: int) -> int:
@@ -113,6 +114,8 @@ class Breaker:
             raise OSError(errno.ESTALE, "the name points at another file now")
         if not inode.is_immutable(shared_fd):
             raise OSError(errno.EINVAL, "the file is not shared")
+        if os.fstat(shared_fd).st_size > _LONG_COPY:
+            self._windows.let_all_go()
         fd = make_private_copy(shared_fd, folder_fd)
         spare = f"copy-{position}"
         try:
@@ -126,8 +129,9 @@ class Breaker:
         self, folder_fd: int, copies: Sequence[_Copy], cgroup: str, outcomes: list[str]
     ) -> None:
         before = os.fstat(folder_fd)
-        guarded = {copy.ino: os.dup(copy.shared_fd) for copy in copies}
+        self._windows.make_room()
         with _still(cgroup, self._windows) as is_still:
+            guarded = {copy.ino: os.dup(copy.shared_fd) for copy in copies}
             with self._windows.guard(list(guarded.values())) as refused:
                 for copy in copies:
                     fd = guarded[copy.ino]
@@ -158,12 +162,14 @@ def _still(cgroup: str, windows: Windows) -> Iterator[bool]:
     if not cgroup:
         yield True
         return
-    with (
-        freezer.opened(cgroup) as fd,
-        windows.holding({cgroup: fd}),
-        freezer.frozen(cgroup, fd) as is_still,
-    ):
-        yield is_still
+    with ExitStack() as stack:
+        try:
+            fd = stack.enter_context(freezer.opened(cgroup))
+        except OSError:
+            yield False  # the guest has just stopped
+            return
+        stack.enter_context(windows.holding({cgroup: fd}))
+        yield stack.enter_context(freezer.frozen(cgroup, fd))
 
 
 def _explain(error: OSError) -> str:

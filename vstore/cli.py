@@ -7,10 +7,12 @@ console script. The command returns its exit code, or None for 0.
 import errno
 import logging
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Any, Final, NoReturn, TypeVar
 
 import click
@@ -25,6 +27,7 @@ log = logging.getLogger(__name__)
 EXIT_INTERRUPTED: Final = 130
 """As a shell reports a program that SIGINT ended."""
 
+_ENDING: Final = (signal.SIGTERM, signal.SIGHUP)
 _VERBOSITY: Final = __name__ + ".verbosity"
 _LEVELS: Final = (logging.WARNING, logging.INFO, logging.DEBUG)
 
@@ -40,6 +43,9 @@ def run(command: click.Command) -> NoReturn:
     command quietly with exit code 1.
     """
     name = command.name or "vstore"
+    for number in _ENDING:
+        if signal.getsignal(number) == signal.SIG_DFL:  # nohup(1) ignores SIGHUP
+            signal.signal(number, _end)
     try:
         status = command.main(prog_name=name, standalone_mode=False)
         sys.stdout.flush()
@@ -49,12 +55,29 @@ def run(command: click.Command) -> NoReturn:
     except (click.Abort, KeyboardInterrupt):
         click.echo(f"{name}: interrupted", err=True)
         status = EXIT_INTERRUPTED
+    except _Ended as ended:
+        click.echo(f"{name}: ended by {ended.signal.name}", err=True)
+        status = 128 + ended.signal
     except BrokenPipeError:
         _forget_stdout()
         status = 1
     except (ToolError, OSError) as error:
         status = _report(name, error if isinstance(error, ToolError) else _translated(error))
     sys.exit(status if isinstance(status, int) else 0)
+
+
+class _Ended(BaseException):
+    """SIGTERM or SIGHUP has come: everything is left in order, as after SIGINT."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.signal = signal.Signals(number)
+
+
+def _end(number: int, frame: FrameType | None) -> NoReturn:
+    for other in _ENDING:
+        signal.signal(other, signal.SIG_IGN)
+    raise _Ended(number)
 
 
 def exit_code(*, done: int, failed: int, error: ToolError | None = None) -> int:

@@ -7,7 +7,7 @@ import fcntl
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -16,31 +16,60 @@ TIMEOUT_S: Final = 0.05
 
 @contextmanager
 def opened(cgroup: str) -> Iterator[int]:
-    """The cgroup's `cgroup.freeze`, open for writing. Raises OSError."""
+    """The cgroup's `cgroup.freeze`, open for writing, and for one holder at a time, so that none
+    ends another's freeze.
+
+    Who opens several takes them in the order of their paths. Raises OSError.
+    """
     fd = os.open(Path(cgroup, "cgroup.freeze"), os.O_RDWR | os.O_CLOEXEC)
     try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
         yield fd
     finally:
+        fcntl.flock(fd, fcntl.LOCK_UN)  # a copy of the descriptor would keep the lock
         os.close(fd)
+
+
+def is_frozen(fd: int) -> bool:
+    """Whether the cgroup of the `cgroup.freeze` behind `fd` is told to be frozen.
+
+    Where `opened` gave the descriptor that can only be the administrator's wish. False where the
+    cgroup is gone.
+    """
+    try:
+        return os.pread(fd, 8, 0).strip() == b"1"
+    except OSError:
+        return False
 
 
 @contextmanager
 def frozen(cgroup: str, fd: int) -> Iterator[bool]:
-    """Hold every process of `cgroup` still; `fd` is its open `cgroup.freeze`.
+    """Hold every process of `cgroup` still; `fd` is its open `cgroup.freeze`, from `opened`.
 
-    Yields False when they did not all stop within TIMEOUT_S. A cgroup that was frozen before stays
-    so.
+    Yields False when they did not all stop within TIMEOUT_S, or the cgroup is gone. A cgroup that
+    was frozen before stays so.
     """
-    fcntl.flock(fd, fcntl.LOCK_EX)  # one holder at a time, so that none ends another's freeze
-    was_frozen = os.pread(fd, 8, 0).strip() == b"1"
-    if not was_frozen:
-        os.write(fd, b"1")
+    was_frozen = is_frozen(fd)
     try:
-        yield _wait(Path(cgroup, "cgroup.events"))
+        yield _freeze(cgroup, fd)
     finally:
         if not was_frozen:
-            os.write(fd, b"0")
-        fcntl.flock(fd, fcntl.LOCK_UN)
+            with suppress(OSError):  # gone
+                os.write(fd, b"0")
+
+
+def thaw(cgroup: str) -> None:
+    """Let a guest go on that a killed program left frozen, when no other program works on it."""
+    with suppress(OSError), opened(cgroup) as fd:
+        os.write(fd, b"0")
+
+
+def _freeze(cgroup: str, fd: int) -> bool:
+    try:
+        os.write(fd, b"1")
+        return _wait(Path(cgroup, "cgroup.events"))
+    except OSError:
+        return False
 
 
 def _wait(events: Path) -> bool:

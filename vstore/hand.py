@@ -54,6 +54,10 @@ class Hand:
                 answers = self._linker.link(synced_ns, folders, list(map(_make_slot, slots)))
                 yield answers, len(self._windows.attacks)
 
+    def idle(self) -> float | None:
+        """Let leases go whose time is over; returns when to be called again (s), None for never."""
+        return None if self._windows is None else self._windows.idle()
+
     def finish(self) -> None:
         """Let lingering leases go."""
         if self._windows is not None:

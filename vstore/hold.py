@@ -17,6 +17,7 @@ from vstore import inode
 from vstore.errors import NotPermitted, PoolBusy, ToolError, WrongUsage
 from vstore.guest import Guest, hold_lock, load_state, rundir, vdirbase
 from vstore.pool import POOL_NAME, find_mount_id
+from vstore.window import LINGER_S
 
 log = logging.getLogger(__name__)
 
@@ -70,15 +71,16 @@ def hold_guests(
     """
     check_trees(guests)
     with ExitStack() as stack:
-        held = []
-        for guest in guests:
+        held: dict[int, Held] = {}
+        # All programs lock in one order, so that no two wait for each other.
+        for place in sorted(range(len(guests)), key=lambda place: guests[place].name):
             try:
-                held.append(_hold(guest, pool, offline, stack))
+                held[place] = _hold(guests[place], pool, offline, stack)
             except ToolError as error:
                 if on_refusal is None:
                     raise
-                on_refusal.append((guest.name, error.message))
-        yield held
+                on_refusal.append((guests[place].name, error.message))
+        yield [held[place] for place in sorted(held)]
 
 
 def _hold(guest: Guest, pool: Path, offline: bool, stack: ExitStack) -> Held:
@@ -134,12 +136,18 @@ def check_same_mount(held: Held, pool_fd: int, *, pool: Path) -> None:
         )
 
 
+def find_linger_s() -> float:
+    """How long a lease outlives its window at present, as `Windows` asks for each batch."""
+    return LINGER_S if any_guest_runs() else 0.0
+
+
 def any_guest_runs() -> bool:
     """Whether a guest with a run state is alive on this host, so that its processes could reach
     shared inodes.
     """
     try:
-        names = [path.name for path in rundir().iterdir()]
+        with os.scandir(rundir()) as entries:
+            names = [entry.name for entry in entries if os.path.lexists(f"{entry.path}/state.json")]
     except OSError:
         return False
     for name in names:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from vstore import inode
-from vstore.pool import Pool
+from vstore.pool import Pool, find_file_system
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ NAME: Final = "index.sqlite"
 _FORMAT: Final = 1
 _SCHEMA: Final = """
     CREATE TABLE digests (
-        volume INTEGER NOT NULL,  -- statvfs f_fsid: the file system, and on btrfs the subvolume
+        volume INTEGER NOT NULL,  -- of btrfs: the subvolume's f_fsid; else 0
         ino INTEGER NOT NULL,
         size INTEGER NOT NULL,
         mtime INTEGER NOT NULL,   -- ns
@@ -41,12 +41,14 @@ DigestRow = tuple[int, int, int, int, int, bytes, bytes]
 
 
 def volume_of(fd: int) -> int:
-    """The file system (on btrfs:
+    """The subvolume that the inode behind `fd` is on, as a signed 64-bit number; 0 outside btrfs.
 
-    subvolume) that the inode behind `fd` is on, as a signed 64-bit number.
+    The index lies on the file system that it speaks of and knows the pool that it was made for, so
+    only subvolumes, each with inode numbers of its own, must be told apart.
     """
-    number = os.fstatvfs(fd).f_fsid & (1 << 64) - 1
-    return signed(number)
+    if find_file_system(Path(f"/proc/self/fd/{fd}")) != "btrfs":
+        return 0
+    return signed(os.fstatvfs(fd).f_fsid & (1 << 64) - 1)
 
 
 def signed(number: int) -> int:

@@ -21,6 +21,7 @@ except ImportError:
 FS_IOC_GETFLAGS: Final = 0x80086601
 FS_IOC_SETFLAGS: Final = 0x40086602
 FS_IOC_FSGETXATTR: Final = 0x801C581F
+FS_IOC_FSSETXATTR: Final = 0x401C5820
 
 FS_SECRM_FL: Final = 0x1
 FS_UNRM_FL: Final = 0x2
@@ -129,6 +130,16 @@ def project_id(fd: int) -> int:
         return 0
     project: int = _FSXATTR.unpack(answer)[3]
     return project
+
+
+def put_project_id(fd: int, project: int) -> None:
+    """Give the inode behind `fd` the project id `project`; the rest of its attributes stays.
+
+    Raises OSError: EPERM while it is immutable, EOPNOTSUPP where the file system has no projects.
+    """
+    fields = list(_FSXATTR.unpack(fcntl.ioctl(fd, FS_IOC_FSGETXATTR, bytes(_FSXATTR.size))))
+    fields[3] = project
+    fcntl.ioctl(fd, FS_IOC_FSSETXATTR, _FSXATTR.pack(*fields))
 
 
 def birth_time_ns(fd: int) -> int:

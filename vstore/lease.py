@@ -11,10 +11,12 @@ import errno
 import fcntl
 import os
 import signal
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
 _LOCKS: Final = Path("/proc/locks")
+_BREAK_TIME: Final = Path("/proc/sys/fs/lease-break-time")
 
 
 def ignore_break_signals() -> None:
@@ -50,29 +52,72 @@ def release(fd: int) -> None:
     fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
 
 
+def break_time_s() -> int:
+    """Seconds after which the kernel breaks a lease by force; 0: it never does."""
+    try:
+        return int(_BREAK_TIME.read_text())
+    except (OSError, ValueError):
+        return 0
+
+
+def is_being_broken(fd: int) -> bool:
+    """Whether a lease on the inode behind `fd` has been asked for: no other is granted then."""
+    wanted = f":{os.fstat(fd).st_ino}"
+    lines = [line.split() for line in _LOCKS.read_text().splitlines() if " BREAKING " in line]
+    return any("->" not in fields and fields[-3].endswith(wanted) for fields in lines)
+
+
 def find_waiters(fd: int) -> list[int]:
-    """The pids (thread group ids) of the processes that wait for the lease on the inode behind `fd`
-    to go away.
+    """The pids (thread group ids) of the processes that wait for a lease on the inode behind `fd`
+    to go away; this process has one.
 
-    Read from /proc/locks, where a waiter stands below the lease that holds it up; see
-    proc_locks(5).
+    Whose lease it is makes no difference: a waiter goes from one to the next. Read from
+    /proc/locks, where a waiter stands below the lease that holds it up; see proc_locks(5).
     """
-    wanted = _lock_suffix(fd)
+    wanted = _lock_place(fd)
     waiting: list[int] = []
-    ours = False
+    is_wanted = False
     for line in _LOCKS.read_text().splitlines():
-        fields = line.split()
-        if "->" in fields:
-            if ours:
-                waiting.append(int(fields[-4]))
+        if "->" in line:
+            if is_wanted:
+                waiting.append(int(line.split()[-4]))
         else:
-            ours = fields[1] == "LEASE" and fields[-3].endswith(wanted)
-    return [pid for pid in waiting if pid > 0]
+            fields = line.split()
+            is_wanted = (
+                fields[1] == "LEASE"
+                and fields[-3].endswith(wanted)
+                and _is_on_same_file(int(fields[-4]), fd)
+            )
+    return [pid for pid in dict.fromkeys(waiting) if pid > 0]  # one stands there more than once
 
 
-def _lock_suffix(fd: int) -> str:
-    """The end of the `major:minor:inode` field.
+def _lock_place(fd: int) -> str:
+    """How /proc/locks names the inode behind `fd`, as our own lease on it shows.
 
-    btrfs names another device there than stat(2), so it is left out.
+    Its device is the file system's, which on btrfs is not the one of stat(2).
     """
+    for line in Path(f"/proc/self/fdinfo/{fd}").read_text().splitlines():
+        fields = line.split()
+        if line.startswith("lock:") and "LEASE" in fields:
+            return fields[-3]
     return f":{os.fstat(fd).st_ino}"
+
+
+def _is_on_same_file(pid: int, fd: int) -> bool:
+    """Whether the lease of process `pid` is on the inode behind `fd`, and not on one of the same
+    number in another subvolume of a btrfs.
+
+    A process that is dead or cannot be looked at counts: its lease lives on in a copy of ours.
+    """
+    if pid <= 0 or pid == os.getpid():
+        return True
+    wanted = os.fstat(fd)
+    try:
+        paths = list(Path(f"/proc/{pid}/fd").iterdir())
+    except OSError:
+        return True
+    for path in paths:
+        with suppress(OSError):
+            if os.path.samestat(path.stat(), wanted):
+                return True
+    return not paths

@@ -45,6 +45,7 @@ class Slot:
     number: int
     ino: int
     members: Sequence[Member]
+    goes_on: bool = False  # a further piece of a slot whose first members are on their way already
 
     @property
     def object_name(self) -> str:
@@ -64,7 +65,7 @@ class Slot:
 
     def is_worth_it(self, rules: Rules) -> bool:
         """Whether anything is shared by it."""
-        if self.ino or rules.everything:
+        if self.ino or self.goes_on or rules.everything:
             return True
         first = self.members[0]
         return first.nlink > 1 or any(member.ino != first.ino for member in self.members)
@@ -84,6 +85,7 @@ class _Places:
         self._rules = rules
         self._used = used
         self._next: dict[int, int] = {}
+        self._begun: set[int] = set()
         if rules.ignore_mtime:
             self._objects = dict(enumerate(sorted(found, key=lambda item: item[2:4])))
         else:
@@ -100,9 +102,11 @@ class _Places:
     def make_slot(self, place: int, members: Sequence[Member]) -> Slot:
         if place in self._objects:
             _, _, mtime, number, ino, _ = self._objects[place]
-            return Slot(self._with_mtime(mtime), number, ino, members)
+            return Slot(self._with_mtime(mtime), number, ino, members, place in self._begun)
+        goes_on = place in self._begun
+        self._begun.add(place)
         if not self._rules.ignore_mtime:
-            return Slot(self._identity, place, 0, members)
+            return Slot(self._identity, place, 0, members, goes_on)
         mtime = _oldest(members)
         return Slot(self._with_mtime(mtime), self._take_number(mtime, place), 0, members)
 

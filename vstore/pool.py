@@ -23,7 +23,15 @@ from typing import Final
 from blake3 import blake3
 
 from vstore import inode
-from vstore.errors import FormatUnknown, NotPermitted, PoolBusy, PoolCorrupt, WrongUsage
+from vstore.errors import (
+    FormatUnknown,
+    NoSpace,
+    NotPermitted,
+    PoolBusy,
+    PoolCorrupt,
+    ToolError,
+    WrongUsage,
+)
 
 log = logging.getLogger(__name__)
 
@@ -315,12 +323,7 @@ class Pool:
         of us. Afterwards the folders are removed, unless something is left in them that `recovery`
         has to look at.
         """
-        name = f"stage/{secrets.token_hex(8)}"
-        with suppress(FileExistsError):
-            os.mkdir("stage", 0o700, dir_fd=self.fd)
-        os.mkdir(name, 0o700, dir_fd=self.fd)
-        top = os.open(name, inode.OPEN_FOLDER, dir_fd=self.fd)
-        fcntl.flock(top, fcntl.LOCK_EX)
+        name, top = self._make_stage()
         folders = []
         try:
             for number in range(count):
@@ -334,6 +337,30 @@ class Pool:
                 os.rmdir(name, dir_fd=self.fd)
             for fd in (*folders, top):
                 os.close(fd)
+
+    def _make_stage(self) -> tuple[str, int]:
+        """A new folder below `stage`, under its flock: its name and descriptor.
+
+        Until it has the flock, a program that recovers may take it for a dead one's and remove it.
+        """
+        with suppress(FileExistsError):
+            os.mkdir("stage", 0o700, dir_fd=self.fd)
+        while True:
+            name = f"stage/{secrets.token_hex(8)}"
+            os.mkdir(name, 0o700, dir_fd=self.fd)
+            with suppress(FileNotFoundError):
+                top = os.open(name, inode.OPEN_FOLDER, dir_fd=self.fd)
+                fcntl.flock(top, fcntl.LOCK_EX)
+                if _is_at(name, self.fd, top):
+                    return name, top
+                os.close(top)
+
+
+def _is_at(name: str, folder_fd: int, fd: int) -> bool:
+    try:
+        return os.path.samestat(os.stat(name, dir_fd=folder_fd), os.fstat(fd))
+    except FileNotFoundError:
+        return False
 
 
 def _check_format(path: Path, fd: int) -> None:
@@ -364,15 +391,22 @@ def _make(path: Path) -> None:
         path.chmod(0o700)
         fd = os.open(path, inode.OPEN_FOLDER)
     except OSError as error:
-        raise WrongUsage(f"{path}: the pool cannot be made: {error.strerror}") from error
+        raise _not_made(path, error) from error
     try:
         _probe_immutable(path, fd)
         for folder in ("objects", *(f"objects/{name}" for name in _FOLDERS)):
             with suppress(FileExistsError):
                 os.mkdir(folder, 0o700, dir_fd=fd)
         _write_format(fd)
+    except OSError as error:
+        raise _not_made(path, error) from error
     finally:
         os.close(fd)
+
+
+def _not_made(path: Path, error: OSError) -> ToolError:
+    kind = NoSpace if error.errno in (errno.ENOSPC, errno.EDQUOT) else WrongUsage
+    return kind(f"{path}: the pool cannot be made: {error.strerror}")
 
 
 def _write_format(fd: int) -> None:

@@ -10,20 +10,20 @@ import logging
 import os
 from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 
-from vstore import inode, lease
+from vstore import freezer, inode, lease
 from vstore.digest import digest_content
-from vstore.pool import Pool, digest_xattrs, parse_object
-from vstore.window import (
-    CGROUP_INTENT,
-    OBJECTS_INTENT,
-    Keeper,
-    Windows,
-    parse_intent,
-    repel_writers,
-)
+from vstore.errors import PoolBusy, ToolError
+from vstore.objectlock import ObjectLocks
+from vstore.pool import Identity, Pool, digest_xattrs, parse_object
+from vstore.repel import repel_writers
+from vstore.window import CGROUP_INTENT, OBJECTS_INTENT, Windows, parse_intent
 
 log = logging.getLogger(__name__)
+
+_LOCK_WAIT_S = 5.0
+_EVERYTHING = range(1 << 64)
 
 
 def recover(pool: Pool) -> None:
@@ -43,52 +43,27 @@ def recover(pool: Pool) -> None:
         os.close(stage)
 
 
-def settle_stage(pool: Pool, stage_fd: int, leased: Sequence[int] = ()) -> None:
-    """Empty one worker's stage folder: guests run again, spares go, objects that were left thawed
-    are frozen.
+def settle_stage(pool: Pool, stage_fd: int, leased: Sequence[int] = ()) -> bool:
+    """Empty one worker's stage folder: objects that were left thawed are frozen, spares go, guests
+    run again. In this order, and no step keeps the next ones from being done.
 
     `leased` are descriptors of inodes whose leases the dead worker's keeper still holds: nobody
-    wrote to them.
+    wrote to them. Returns whether all is settled; if not, the folder's intents stay and say what is
+    to be done.
     """
-    numbers: list[int] = []
-    others: list[str] = []
-    for name in os.listdir(stage_fd):
-        if name.startswith(CGROUP_INTENT.decode()):
-            _thaw_cgroup(os.readlink(name, dir_fd=stage_fd))
-        elif name.startswith(OBJECTS_INTENT.decode()):
-            numbers += parse_intent(os.fsencode(os.readlink(name, dir_fd=stage_fd)))
-        else:
-            others.append(name)
-    for name in others:
-        _remove_spare(pool, stage_fd, name)
-    _freeze_leased(pool, leased)
-    if numbers:
-        _freeze_left_thawed(pool, set(numbers))
-    for name in os.listdir(stage_fd):
-        os.unlink(name, dir_fd=stage_fd)
-
-
-def freeze_object(pool: Pool, name: str, fd: int) -> bool:
-    """Freeze the object at `name`, found thawed, if nobody can have changed it; else it goes to
-    quarantine.
-
-    Returns whether it is frozen. Raises OSError.
-    """
-    if not lease.take(fd):
-        pool.quarantine(name, "it is not immutable and somebody has it open for writing")
-        return False
-    try:
-        if not is_sound(name, fd):
-            pool.quarantine(
-                name, "it was not immutable, and its content or metadata are not what its name says"
-            )
-            return False
-        inode.set_immutable(fd)
-        if not lease.is_unbroken(fd):
-            repel_writers(fd)
-        return True
-    finally:
-        lease.release(fd)
+    settling = _Settling(pool, stage_fd)
+    settling.freeze_leased(leased)
+    with settling.step("the stage cannot be read"):
+        settling.read_stage()
+        with own_windows(pool) as windows:
+            settling.settle_objects(windows)
+            settling.remove_spares(windows)
+    settling.thaw_guests()
+    if settling.is_complete:
+        with settling.step("the stage cannot be emptied"):
+            for name in settling.intents:
+                os.unlink(name, dir_fd=stage_fd)
+    return settling.is_complete
 
 
 def is_sound(name: str, fd: int) -> bool:
@@ -97,27 +72,180 @@ def is_sound(name: str, fd: int) -> bool:
     Raises OSError, ValueError.
     """
     identity, _ = parse_object(name.split("/")[1])
-    status = os.fstat(fd)
-    return (
-        (status.st_size, status.st_mode, status.st_uid, status.st_gid, status.st_mtime_ns)
-        == (identity.size, identity.mode, identity.uid, identity.gid, identity.mtime_ns)
-        and digest_xattrs(fd) == identity.xattrs
-        and digest_content(fd, status) == identity.digest
-    )
+    return _has_metadata(identity, fd) and _has_content(identity, fd)
 
 
 @contextmanager
-def own_windows(pool: Pool, stage_fd: int, *, linger_s: float = 0.0) -> Iterator[Windows]:
-    """Windows of this process without a keeper besides: for repairs, where no worker is."""
-    keeper = Keeper()
-    windows = Windows(keeper.holder_socket, pool_fd=pool.fd, stage_fd=stage_fd, linger_s=linger_s)
+def own_windows(pool: Pool, stage_fd: int | None = None) -> Iterator[Windows]:
+    """Windows of this process that nobody keeps: for repairs, where no worker is.
+
+    Without `stage_fd` no intent is made: there is one already.
+    """
+    windows = Windows(None, pool_fd=pool.fd, stage_fd=stage_fd, linger_s=0.0)
     try:
         yield windows
     finally:
         windows.close()
-        keeper.drain()
-        keeper.close()
-        keeper.holder_socket.close()
+
+
+def _has_metadata(identity: Identity, fd: int) -> bool:
+    status = os.fstat(fd)
+    found = (status.st_size, status.st_mode, status.st_uid, status.st_gid, status.st_mtime_ns)
+    return (
+        found == (identity.size, identity.mode, identity.uid, identity.gid, identity.mtime_ns)
+        and digest_xattrs(fd) == identity.xattrs
+    )
+
+
+def _has_content(identity: Identity, fd: int) -> bool:
+    return digest_content(fd, os.fstat(fd)) == identity.digest
+
+
+@dataclass(slots=True)
+class _Settling:
+    """The steps by which one stage folder is settled, and how far that got."""
+
+    pool: Pool
+    stage_fd: int
+    is_complete: bool = True
+    intents: list[str] = field(default_factory=list)
+    _numbers: set[int] = field(default_factory=set)
+    _trusted: set[int] = field(default_factory=set)
+    _cgroups: list[str] = field(default_factory=list)
+    _spares: list[str] = field(default_factory=list)
+
+    @contextmanager
+    def step(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError, ToolError) as error:
+            self.is_complete = False
+            log.warning("%s: %s: %s", self.pool.path, what, error)
+
+    def freeze_leased(self, leased: Sequence[int]) -> None:
+        """Freeze the objects among the leased inodes, those first that nobody has locked."""
+        if not leased:
+            return
+        objects: Container[int] = _EVERYTHING  # an undeletable file is better than a changed one
+        with self.step("the objects cannot be listed"):
+            objects = self.pool.load_numbers()
+        with self.step("objects cannot be locked"):
+            locks = ObjectLocks(self.pool.fd)
+            try:
+                locked = [fd for fd in leased if os.fstat(fd).st_ino in objects]
+                for wait_s in (0.0, _LOCK_WAIT_S):
+                    locked = [fd for fd in locked if not self._freeze(fd, locks, wait_s)]
+            finally:
+                locks.close()
+
+    def _freeze(self, fd: int, locks: ObjectLocks, wait_s: float) -> bool:
+        """Freeze a leased object; False where another program holds its lock, which may have a
+        window open.
+        """
+        number = os.fstat(fd).st_ino
+        if not inode.is_immutable(fd) and not locks.try_take(number, wait_s=wait_s) and not wait_s:
+            return False
+        try:
+            inode.set_immutable(fd)
+            if not lease.is_unbroken(fd):
+                repel_writers(fd)
+            self._trusted.add(number)
+        except (OSError, ToolError) as error:
+            self.is_complete = False
+            os.dup(fd)  # keeps the lease as long as this process lives
+            log.error("a shared file's window cannot be closed: %s; its lease is kept", error)
+        return True
+
+    def read_stage(self) -> None:
+        for name in _list_folder(self.stage_fd):
+            if name.startswith(CGROUP_INTENT.decode()):
+                self._cgroups.append(os.readlink(name, dir_fd=self.stage_fd))
+                self.intents.append(name)
+            elif name.startswith(OBJECTS_INTENT.decode()):
+                text = os.fsencode(os.readlink(name, dir_fd=self.stage_fd))
+                self._numbers.update(parse_intent(text))
+                self.intents.append(name)
+            else:
+                self._spares.append(name)
+
+    def settle_objects(self, windows: Windows) -> None:
+        if not self._numbers:
+            return
+        for name, number in self.pool.list_objects():
+            if number in self._numbers:
+                with self.step(f"object {name} cannot be settled"):
+                    _settle_object(self.pool, windows, name, is_trusted=number in self._trusted)
+
+    def remove_spares(self, windows: Windows) -> None:
+        for name in self._spares:
+            with self.step(f"{name} cannot be removed from the stage"):
+                _remove_spare(windows, self.stage_fd, name)
+
+    def thaw_guests(self) -> None:
+        for path in self._cgroups:
+            freezer.thaw(path)
+
+
+def _list_folder(fd: int) -> list[str]:
+    """What is in the folder behind `fd` now: btrfs shows a descriptor what was there when it was
+    opened.
+    """
+    fresh_fd = os.open(".", inode.OPEN_FOLDER, dir_fd=fd)
+    try:
+        return os.listdir(fresh_fd)  # noqa: PTH208 - a descriptor
+    finally:
+        os.close(fresh_fd)
+
+
+def _settle_object(pool: Pool, windows: Windows, name: str, *, is_trusted: bool) -> None:
+    """Freeze the object at `name` if nobody can have changed it; else it goes to quarantine.
+
+    `is_trusted`: its lease was never given up, so its content need not be read.
+    """
+    identity, _ = parse_object(name.split("/")[1])
+    fd = pool.open_object(name)
+    with windows.guard([fd]) as refused:
+        windows.freeze(fd)
+        if is_trusted or not refused:
+            if _is_mended(windows, identity, fd) and (is_trusted or _has_content(identity, fd)):
+                return
+            reason = "its content or metadata are not what its name says"
+        elif lease.is_being_broken(fd):
+            raise PoolBusy("another program has just had a window on it")
+        else:
+            reason = "somebody has it open for writing"
+        with windows.thawed(fd):
+            pool.quarantine(name, reason)
+
+
+def _is_mended(windows: Windows, identity: Identity, fd: int) -> bool:
+    """Whether the frozen object has the metadata that its name states, put back if need be."""
+    flags = inode.get_flags(fd)
+    is_plain = not flags & inode.CHOSEN_FLAGS and not inode.project_id(fd)
+    if is_plain and _has_metadata(identity, fd):
+        return True
+    with suppress(OSError), windows.thawed(fd):
+        os.fchown(fd, identity.uid, identity.gid)
+        if not identity.xattrs:
+            inode.store_xattrs(fd, {})
+        os.fchmod(fd, identity.mode & 0o7777)
+        if inode.project_id(fd):
+            inode.put_project_id(fd, 0)
+        os.utime(fd, ns=(os.fstat(fd).st_atime_ns, identity.mtime_ns))
+        inode.put_flags(fd, (flags | inode.FS_IMMUTABLE_FL) & ~inode.CHOSEN_FLAGS)
+    return _has_metadata(identity, fd)
+
+
+def _remove_spare(windows: Windows, stage_fd: int, name: str) -> None:
+    try:
+        os.unlink(name, dir_fd=stage_fd)
+    except PermissionError as error:  # a link to an object that is frozen again
+        fd = os.open(name, inode.OPEN_TO_READ, dir_fd=stage_fd)
+        with windows.guard([fd]) as refused:
+            if refused:
+                raise PoolBusy("somebody has the shared file open for writing") from error
+            with windows.thawed(fd):
+                os.unlink(name, dir_fd=stage_fd)
 
 
 def _recover_folder(pool: Pool, name: str) -> None:
@@ -127,59 +255,26 @@ def _recover_folder(pool: Pool, name: str) -> None:
         return  # its program has just removed it
     try:
         fcntl.flock(top, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        for part in os.listdir(top):  # noqa: PTH208 - a descriptor
-            stage_fd = os.open(part, inode.OPEN_FOLDER, dir_fd=top)
-            try:
-                settle_stage(pool, stage_fd)
-            finally:
-                os.close(stage_fd)
-            os.rmdir(part, dir_fd=top)
-        os.rmdir(name, dir_fd=pool.fd)
-        log.info("%s/%s: left by a program that was killed; put right", pool.path, name)
-    except BlockingIOError:
-        pass  # its program lives
+        if _empty_folder(pool, top):
+            os.rmdir(name, dir_fd=pool.fd)
+            log.info("%s/%s: left by a program that was killed; put right", pool.path, name)
+    except (BlockingIOError, FileNotFoundError):
+        pass  # its program lives, or has just removed it
     except OSError as error:
         log.warning("%s/%s: cannot be put right: %s", pool.path, name, error.strerror)
     finally:
         os.close(top)
 
 
-def _thaw_cgroup(path: str) -> None:
-    with suppress(OSError):
-        fd = os.open(os.path.join(path, "cgroup.freeze"), os.O_WRONLY)  # noqa: PTH118 - text from a symlink
+def _empty_folder(pool: Pool, top: int) -> bool:
+    is_complete = True
+    for part in _list_folder(top):
+        stage_fd = os.open(part, inode.OPEN_FOLDER, dir_fd=top)
         try:
-            os.write(fd, b"0")
+            is_settled = settle_stage(pool, stage_fd)
         finally:
-            os.close(fd)
-
-
-def _remove_spare(pool: Pool, stage_fd: int, name: str) -> None:
-    try:
-        os.unlink(name, dir_fd=stage_fd)
-    except PermissionError:  # a link to an object that is frozen again
-        fd = os.open(name, inode.OPEN_TO_READ, dir_fd=stage_fd)
-        with own_windows(pool, stage_fd) as windows, windows.guard([fd]) as refused:
-            if not refused:
-                with windows.thawed(fd):
-                    os.unlink(name, dir_fd=stage_fd)
-
-
-def _freeze_leased(pool: Pool, leased: Sequence[int]) -> None:
-    numbers: Container[int] = pool.load_numbers() if leased else ()
-    for fd in leased:
-        if os.fstat(fd).st_ino in numbers:
-            inode.set_immutable(fd)
-            if not lease.is_unbroken(fd):
-                repel_writers(fd)
-
-
-def _freeze_left_thawed(pool: Pool, numbers: set[int]) -> None:
-    for name, ino in pool.list_objects():
-        if ino not in numbers:
-            continue
-        fd = pool.open_object(name)
-        try:
-            if not inode.is_immutable(fd):
-                freeze_object(pool, name, fd)
-        finally:
-            os.close(fd)
+            os.close(stage_fd)
+        if is_settled:
+            os.rmdir(part, dir_fd=top)
+        is_complete &= is_settled
+    return is_complete

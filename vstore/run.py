@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 from vstore import apply, extents, index, reading, scan, syscalls
 from vstore.catalog import Catalog, ToRead
 from vstore.hand import Hand
-from vstore.hold import any_guest_runs
+from vstore.hold import find_linger_s
 from vstore.index import DigestRow
 from vstore.member import Member
 from vstore.original import find_original_pools, load_members
@@ -39,7 +39,6 @@ from vstore.workers import Crew, Worker, core_count
 if TYPE_CHECKING:
     from vstore.unify import Options, Target, UnifyResult
 
-LINGER_S: Final = 2.0
 TIME_IS_UP: Final = "time-budget"
 NOT_IN_REFSERVER: Final = "not-in-refserver"
 
@@ -156,8 +155,7 @@ class Run:
             hand = Hand(self._trees, self._objects, self._original)
             if stages and self._pool is not None:
                 pool, stage = self._pool, stages[number]
-                linger_s = LINGER_S if any_guest_runs() else 0.0
-                windows = Windows(keeper, pool_fd=pool.fd, stage_fd=stage, linger_s=linger_s)
+                windows = Windows(keeper, pool_fd=pool.fd, stage_fd=stage, linger_s=find_linger_s)
                 hand.equip(pool, windows, stage, cgroups, self._rules)
             return hand
 

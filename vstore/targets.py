@@ -5,7 +5,7 @@ which pool, which guests can be held, what is left alone in each.
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -108,23 +108,28 @@ def open_campaign(
         )
         if obstacle:
             held, apart = [], [(item, obstacle) for item in held] + apart
-        places = {item.guest.name: number for number, item in enumerate(held)}
-        targets = [
-            Target(
-                item,
-                exclude.load_for(item.guest, exclude_from),
-                tuple(
-                    places[other.name]
-                    for other in references.get(item.guest.name, ())
-                    if other.name in places
-                ),
-            )
-            for item in held
-        ]
-        others = [
-            (Target(item, exclude.load_for(item.guest, exclude_from)), why) for item, why in apart
-        ]
-        yield Campaign(pool, pool_path, targets, refused, others)
+        targets = _make_targets(held, references, exclude_from)
+        others = _make_targets([item for item, _ in apart], {}, exclude_from)
+        reasons = [why for _, why in apart]
+        yield Campaign(pool, pool_path, targets, refused, list(zip(others, reasons, strict=True)))
+
+
+def _make_targets(
+    held: Sequence[Held], references: Mapping[str, Sequence[Guest]], exclude_from: Path | None
+) -> list[Target]:
+    places = {item.guest.name: number for number, item in enumerate(held)}
+    return [
+        Target(
+            item,
+            exclude.load_for(item.guest, exclude_from),
+            tuple(
+                places[other.name]
+                for other in references.get(item.guest.name, ())
+                if other.name in places
+            ),
+        )
+        for item in held
+    ]
 
 
 @contextmanager

@@ -16,11 +16,10 @@ from vstore import scan
 from vstore.breaklink import BROKEN, Breaker
 from vstore.errors import NoSpace
 from vstore.exclude import NOTHING
-from vstore.hold import Held, any_guest_runs
+from vstore.hold import Held, find_linger_s
 from vstore.pool import InodeNumbers, Pool
 from vstore.progress import SILENT, Progress
 from vstore.recovery import recover, settle_stage
-from vstore.run import LINGER_S
 from vstore.window import Windows
 from vstore.workers import Crew, Worker
 
@@ -47,11 +46,10 @@ def guarded_worker(pool: Pool, equip: Equip) -> Iterator[Crew]:
     The pool's lock must be held.
     """
     recover(pool)
-    linger_s = LINGER_S if any_guest_runs() else 0.0
     with pool.stage(1) as stages:
 
         def start(_: int, keeper: socket.socket) -> "_Hand":
-            windows = Windows(keeper, pool_fd=pool.fd, stage_fd=stages[0], linger_s=linger_s)
+            windows = Windows(keeper, pool_fd=pool.fd, stage_fd=stages[0], linger_s=find_linger_s)
             return _Hand(equip(pool, windows, stages[0]), windows)
 
         def bury(worker: Worker) -> None:
@@ -68,6 +66,9 @@ class _Hand:
 
     def serve(self, job: Any) -> Iterable[Any]:
         return self._holder.serve(job)
+
+    def idle(self) -> float | None:
+        return self._windows.idle()
 
     def finish(self) -> None:
         self._windows.close()

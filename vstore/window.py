@@ -4,9 +4,8 @@ clears the flag.
 A window on an object goes: lock the object against other windows; note the intent; take a read
 lease and hand a copy of its descriptor to the keeper; thaw, do the one thing, freeze; ask whether
 anybody wanted to write meanwhile. Whoever opened the object for writing inside the window passed
-the check for the flag and now waits for our lease: a process of a guest is killed and reported, any
-other is turned away (stopped and continued, so that its call starts anew and meets the flag).
-Nobody ever gets a descriptor that can write to shared bytes.
+the check for the flag and now waits for our lease: `vstore.repel` turns him away. Nobody ever gets
+a descriptor that can write to shared bytes.
 
 The holder opens windows. The keeper, its parent, holds every lease too: if the holder is killed the
 lease lives on, the keeper freezes, turns the waiters away and lets go.
@@ -17,7 +16,6 @@ import fcntl
 import logging
 import os
 import secrets
-import signal
 import socket
 import stat
 import struct
@@ -25,14 +23,20 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
-from vstore import inode, lease
-from vstore.errors import NotPermitted, PoolBusy
+from vstore import freezer, inode, lease
+from vstore.errors import NoSpace, NotPermitted, PoolBusy, ToolError
+from vstore.keeper import CGROUPS, tell
+from vstore.keeper import Keeper as Keeper
+from vstore.look import Look
+from vstore.objectlock import ObjectLocks
+from vstore.repel import Attack, repel_writers
 
 log = logging.getLogger(__name__)
+
+LINGER_S: Final = 2.0
+"""How long a lease outlives its window where a guest runs."""
 
 OBJECTS_INTENT: Final = b"intent-"
 """A symlink of this kind in a stage folder names, in its text, the inode numbers of objects that
@@ -42,20 +46,10 @@ CGROUP_INTENT: Final = b"cgroup-"
 """A symlink of this kind leads to a cgroup that may be frozen."""
 
 _FLAGS: Final = struct.Struct("=II")
-_FLOCK: Final = struct.Struct("@hhqqi4x")  # struct flock of fcntl(2)
-_FDS_A_MESSAGE: Final = 200  # the kernel passes at most 253
 _NAMES_AN_INTENT: Final = 40  # a symlink's text has at most 1,024 bytes on xfs
 _LINGER_LIMIT: Final = 512
-_REPEL_TIMEOUT_S: Final = 20.0  # well below the 45 s after which the kernel breaks a lease by force
-
-
-@dataclass(frozen=True, slots=True)
-class Attack:
-    """Somebody who wanted to write to a shared inode inside a window."""
-
-    pid: int
-    command: str
-    is_guest: bool
+_PUT_BACK_S: Final = 1.0
+_SHORT_BREAK_TIME_S: Final = 10
 
 
 def _clear_immutable(fd: int) -> None:
@@ -78,185 +72,35 @@ def thaw_private(fd: int) -> None:
     _clear_immutable(fd)
 
 
-# --- whoever waits in our lease
-# ---------------------------------------------------------------------------
-
-
-def repel_writers(fd: int) -> list[Attack]:
-    """Turn everybody away who waits to write to the frozen inode behind `fd`, whose lease we hold.
-
-    Raises PoolBusy when a waiter cannot be turned away in time: the inode must then not be trusted.
-    """
-    met: dict[int, Attack] = {}
-    deadline = time.monotonic() + _REPEL_TIMEOUT_S
-    while pids := lease.find_waiters(fd):
-        for pid in pids:
-            attack = _turn_away(pid, fd)
-            if attack is not None:
-                met[pid] = attack
-        if time.monotonic() > deadline:
-            raise PoolBusy(
-                f"processes {pids} wait to write to a shared file and cannot be turned away"
-            )
-    for attack in met.values():
-        log.warning(
-            "attack: process %d (%s) tried to open a shared file for writing inside a window; %s",
-            attack.pid,
-            attack.command,
-            "killed" if attack.is_guest else "turned away",
-        )
-    return list(met.values())
-
-
-def _turn_away(pid: int, fd: int) -> Attack | None:
-    try:
-        process = os.pidfd_open(pid)
-    except OSError:
-        return None  # gone already
-    try:
-        attack = Attack(pid, _read_proc(pid, "comm"), "/vservers/" in _read_proc(pid, "cgroup"))
-        if attack.is_guest:
-            signal.pidfd_send_signal(process, signal.SIGKILL)
-        else:
-            signal.pidfd_send_signal(process, signal.SIGSTOP)
-        _wait_until_gone(pid, fd)
-        if not attack.is_guest:
-            signal.pidfd_send_signal(process, signal.SIGCONT)
-    except ProcessLookupError:
-        return None
-    finally:
-        os.close(process)
-    return attack
-
-
-def _wait_until_gone(pid: int, fd: int) -> None:
-    for _ in range(200):
-        if pid not in lease.find_waiters(fd):
-            return
-        time.sleep(0.001)
-
-
-def _read_proc(pid: int, name: str) -> str:
-    with suppress(OSError):
-        return Path(f"/proc/{pid}/{name}").read_text(errors="replace").strip()
-    return "?"
-
-
-# --- what a window must not change
-# ------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class _Look:
-    """All of an inode that a process could change without opening it for writing."""
-
-    status: tuple[int, int, int, int]  # mode, uid, gid, mtime_ns
-    xattrs: dict[bytes, bytes]
-    flags: int
-    project: int
-
-    @classmethod
-    def at(cls, fd: int) -> "_Look":
-        status = os.fstat(fd)
-        return cls(
-            (status.st_mode, status.st_uid, status.st_gid, status.st_mtime_ns),
-            inode.load_xattrs(fd),
-            inode.get_flags(fd) | inode.FS_IMMUTABLE_FL,
-            inode.project_id(fd),
-        )
-
-    def put_back(self, fd: int) -> None:
-        mode, uid, gid, mtime_ns = self.status
-        os.fchown(fd, uid, gid)
-        os.fchmod(fd, mode & 0o7777)
-        inode.store_xattrs(fd, self.xattrs)
-        os.fchmod(fd, mode & 0o7777)
-        os.utime(fd, ns=(os.fstat(fd).st_atime_ns, mtime_ns))
-        inode.put_flags(fd, self.flags)
-
-
-# --- the keeper's side
-# ------------------------------------------------------------------------------------
-
-
-class Keeper:
-    """The parent's copy of every lease and every frozen cgroup that one holder has."""
-
-    def __init__(self) -> None:
-        self._socket, self.holder_socket = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._socket.setblocking(False)
-        self._held: dict[bytes, list[int]] = {}
-
-    def drain(self) -> None:
-        """Take in what the holder has said; never waits."""
-        with suppress(BlockingIOError, ConnectionResetError):
-            while self._receive():
-                pass
-
-    def _receive(self) -> bool:
-        message, fds, _, _ = socket.recv_fds(self._socket, 64, 253)
-        word, key = message[:1], message[1:]
-        if word == b"-":
-            for fd in self._held.pop(key, ()):
-                os.close(fd)
-        elif word:
-            self._held.setdefault(key, []).extend(fds)
-        return bool(word)
-
-    def take_over(self, settle: Callable[[list[int]], None]) -> None:
-        """The holder is dead: `settle` gets the descriptors of the leases that are still held; then
-        all are let go.
-
-        Guests that the holder had frozen run again.
-        """
-        self.drain()
-        fds = [
-            fd for key, group in self._held.items() if not key.startswith(b"cgroup") for fd in group
-        ]
-        try:
-            settle(fds)
-        finally:
-            for key, group in self._held.items():
-                for fd in group:
-                    if key.startswith(b"cgroup"):
-                        with suppress(OSError):
-                            os.write(fd, b"0")
-                    os.close(fd)
-            self._held.clear()
-
-    def close(self) -> None:
-        """Let everything go; in a forked child this closes copies and changes nothing."""
-        for fd in [fd for group in self._held.values() for fd in group]:
-            os.close(fd)
-        self._held.clear()
-        self._socket.close()
-
-
-# --- the holder's side
-# ------------------------------------------------------------------------------------
-
-
 class Windows:
     """Opens windows for one process.
 
-    `keeper` is the holder's end of a Keeper's socket; `locks_fd` a file of the pool whose byte
-    ranges are the locks of objects by inode number; `stage_fd` the folder for intents. `linger_s`
-    is how long a lease outlives its window, for a task that was preempted between the check of the
-    flag and the lease; 0 where no process of a guest can reach the objects because no guest runs.
+    `keeper` is the holder's end of a Keeper's socket, None where nobody keeps; `pool_fd` the pool's
+    folder; `stage_fd` the folder for intents, None where they are there already. `linger_s` is how
+    long a lease outlives its window, for a task that was preempted between the check of the flag
+    and the lease: 0 where no process of a guest can reach the objects because no guest runs. A
+    function is asked anew for each batch.
     """
 
     def __init__(
-        self, keeper: socket.socket, *, pool_fd: int, stage_fd: int, linger_s: float
+        self,
+        keeper: socket.socket | None,
+        *,
+        pool_fd: int,
+        stage_fd: int | None,
+        linger_s: float | Callable[[], float],
     ) -> None:
         lease.ignore_break_signals()
         self._keeper = keeper
-        # Locks belong to the open file description, so every process opens the file for itself.
-        self._locks_fd = os.open(
-            "windows", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600, dir_fd=pool_fd
-        )
+        self._locks = ObjectLocks(pool_fd)
         self._stage_fd = stage_fd
-        self._linger_s = linger_s
+        self._ask_linger_s = linger_s if callable(linger_s) else lambda: linger_s
+        self._longest_linger_s = _find_longest_linger()
+        self._linger_s = 0.0
         self._lingering: deque[tuple[float, bytes, list[int]]] = deque()
+        self._unsettled: set[int] = set()  # thawed, or frozen while somebody still waits
+        self._kept: set[int] = set()  # of them those whose batch is over
+        self._is_doubtful = False
         self._count = 0
         self._token = secrets.token_hex(4).encode()
         self.attacks: list[Attack] = []
@@ -267,26 +111,34 @@ class Windows:
 
         Yields the descriptors whose lease was refused: these inodes are open for writing and must
         be left alone. Afterwards the leases are given up, at once or after lingering, and the
-        descriptors closed.
+        descriptors closed. Where an inode could not be frozen again, or somebody who waits to write
+        to it not be turned away, its lease is kept and the intent stays for recovery. Raises
+        PoolBusy, NoSpace, OSError.
         """
-        self._expire(time.monotonic())
-        numbers = {os.fstat(fd).st_ino: fd for fd in fds}
+        self.make_room()
+        self._linger_s = self._find_linger_s()
+        self._is_doubtful = False
+        numbers = sorted([os.fstat(fd).st_ino for fd in fds])
         key = b"%d" % self._count
         self._count += 1
-        self._lock(sorted(numbers))
+        kept: set[int] = set()
         try:
+            self._locks.take(numbers)
             refused = {fd for fd in fds if not lease.take(fd)}
-            intents = self._note_intents(key, sorted(numbers))
-            self._tell(b"+" + key, [fd for fd in fds if fd not in refused])
+            leased = [fd for fd in fds if fd not in refused]
+            intents = self._note_intents(key, numbers)
             try:
+                self._tell(b"+" + key, leased)
                 yield refused
             finally:
-                self._let_go(key, [fd for fd in fds if fd not in refused])
-                for name in intents:
-                    os.unlink(name, dir_fd=self._stage_fd)
+                kept = self._let_go(key, leased)
+                if not self._is_doubtful:
+                    self._unlink(intents)
         finally:
-            self._unlock()
-            for fd in fds if not self._linger_s else refused:
+            self._locks.drop()
+            closing = [fd for fd in fds if fd not in kept]
+            self._unsettled.difference_update(closing)
+            for fd in closing:
                 os.close(fd)
 
     @contextmanager
@@ -295,115 +147,207 @@ class Windows:
 
         However the block ends the inode is frozen again, whoever waits to write is turned away, and
         mode, owner, times, xattrs, flags and project id are as before. Raises OSError; PoolBusy as
-        `repel_writers`.
+        `repel_writers`, or when somebody keeps on changing them.
         """
-        before = _Look.at(fd) if self._linger_s else None
-        _clear_immutable(fd)
+        before = Look.at(fd) if self._linger_s else None
+        self._unsettled.add(fd)
         try:
+            _clear_immutable(fd)
             yield
         finally:
             self.freeze(fd)
-            while before is not None and _Look.at(fd) != before:
-                log.warning(
-                    "attack: a shared file's metadata were changed inside a window; put back"
-                )
-                _clear_immutable(fd)
-                with suppress(OSError):
-                    before.put_back(fd)
-                self.freeze(fd)
+            if before is not None and Look.at(fd) != before:
+                self._put_back(fd, before)
 
     def freeze(self, fd: int) -> None:
         """Freeze the guarded inode behind `fd` and turn away whoever waits to write to it."""
+        self._unsettled.add(fd)
         inode.set_immutable(fd)
         if not lease.is_unbroken(fd):
             self.attacks += repel_writers(fd)
+        self._unsettled.discard(fd)
+
+    def _put_back(self, fd: int, before: Look) -> None:
+        """Undo what somebody did in the window; he may do it again in the ones that this takes."""
+        log.warning("attack: a shared file's metadata were changed inside a window; put back")
+        deadline = time.monotonic() + _PUT_BACK_S
+        while (now := Look.at(fd)) != before:
+            if time.monotonic() > deadline:
+                self._is_doubtful = True
+                raise PoolBusy(
+                    f"inode {os.fstat(fd).st_ino}: somebody keeps on changing a shared file's "
+                    "metadata",
+                    hint="end that process; the next run puts the file right",
+                )
+            self._unsettled.add(fd)
+            try:
+                _clear_immutable(fd)
+                before.put_back(fd, now)
+            except OSError as error:
+                log.debug("metadata cannot be put back: %s", error)
+            finally:
+                self.freeze(fd)
 
     @contextmanager
     def holding(self, cgroups: Mapping[str, int]) -> Iterator[None]:
         """Note that these cgroups (path -> open `cgroup.freeze`) may be frozen:
 
-        if we die inside, they run again.
+        if we die inside, they run again. Those that the administrator has frozen are left out.
+        Raises PoolBusy, NoSpace, OSError.
         """
-        if not cgroups:
+        ours = {path: fd for path, fd in cgroups.items() if not freezer.is_frozen(fd)}
+        if not ours:
             yield
             return
-        intents = [b"%s%d" % (CGROUP_INTENT, number) for number in range(len(cgroups))]
-        for name, path in zip(intents, cgroups, strict=True):
-            os.symlink(os.fsencode(path), name, dir_fd=self._stage_fd)
-        self._tell(b"+cgroup", list(cgroups.values()))
+        intents = self._symlink(
+            {b"%s%d" % (CGROUP_INTENT, at): os.fsencode(path) for at, path in enumerate(ours)}
+        )
         try:
+            self._tell(b"+" + CGROUPS, list(ours.values()))
             yield
         finally:
-            self._tell(b"-cgroup", ())
-            for name in intents:
-                os.unlink(name, dir_fd=self._stage_fd)
+            self._tell(b"-" + CGROUPS, ())
+            self._unlink(intents)
 
-    def close(self) -> None:
-        """Let the lingering leases go, each in its time."""
-        while self._lingering:
-            time.sleep(max(0.0, self._lingering[0][0] - time.monotonic()))
-            self._expire(time.monotonic())
-
-    def _let_go(self, key: bytes, fds: list[int]) -> None:
-        if self._linger_s:
-            self._lingering.append((time.monotonic() + self._linger_s, key, fds))
-            return
-        for fd in fds:
-            lease.release(fd)
-        self._tell(b"-" + key, ())
+    # --- leases that outlive their windows
 
     def make_room(self) -> None:
-        """Let leases go whose time is over; wait for some where too many linger."""
+        """Let leases go whose time is over; wait for some where too many linger.
+
+        Called before a guest is held still, so that `guard` need not wait then.
+        """
+        self._expire(time.monotonic())
+        while sum([len(fds) for _, _, fds in self._lingering]) > _LINGER_LIMIT:
+            self._wait_and_expire()
+
+    def idle(self) -> float | None:
+        """Let leases go whose time is over; returns in how many seconds the next ones are due, None
+        where none linger.
+        """
+        self._expire(time.monotonic())
+        return max(0.0, self._lingering[0][0] - time.monotonic()) if self._lingering else None
+
+    def let_all_go(self) -> None:
+        """Let the lingering leases go, each in its time: before this process is busy for long."""
+        while self._lingering:
+            self._wait_and_expire()
+
+    def close(self) -> None:
+        """Let the lingering leases go, each in its time. No window can be opened after that."""
+        self.let_all_go()
+        for fd in sorted(self._kept):
+            if self._settle(fd):
+                lease.release(fd)
+                os.close(fd)
+                self._kept.discard(fd)
+        self._locks.close()
+
+    def _find_linger_s(self) -> float:
+        return min(self._ask_linger_s(), self._longest_linger_s)
+
+    def _wait_and_expire(self) -> None:
+        time.sleep(max(0.0, self._lingering[0][0] - time.monotonic()))
         self._expire(time.monotonic())
 
     def _expire(self, now: float) -> None:
         while self._lingering and self._lingering[0][0] <= now:
             _, key, fds = self._lingering.popleft()
+            kept = self._release(key, fds)
             for fd in fds:
-                if not lease.is_unbroken(fd) and inode.is_immutable(fd):
-                    self.attacks += repel_writers(fd)
+                if fd not in kept:
+                    os.close(fd)
+            if kept:
+                with suppress(OSError, ToolError):
+                    self._note_intents(b"kept-" + key, [os.fstat(fd).st_ino for fd in kept])
+
+    def _let_go(self, key: bytes, fds: list[int]) -> set[int]:
+        """End a batch; returns the descriptors that must stay open."""
+        linger_s = self._linger_s or self._find_linger_s()  # a guest may have been started
+        if not linger_s:
+            return self._release(key, fds)
+        for fd in self._unsettled.intersection(fds):
+            self._is_doubtful |= not self._settle(fd)
+        self._lingering.append((time.monotonic() + linger_s, key, fds))
+        return set(fds)
+
+    def _release(self, key: bytes, fds: list[int]) -> set[int]:
+        """Give leases up, save those that must not be; returns their descriptors."""
+        kept = set()
+        for fd in fds:
+            if self._settle(fd):
                 lease.release(fd)
-                os.close(fd)
+            else:
+                kept.add(fd)
+        if kept:
+            self._kept |= kept
+            self._is_doubtful = True
+        else:
             self._tell(b"-" + key, ())
-        if sum(len(fds) for _, _, fds in self._lingering) > _LINGER_LIMIT:
-            time.sleep(max(0.0, self._lingering[0][0] - now))
-            self._expire(time.monotonic())
+        return kept
+
+    def _settle(self, fd: int) -> bool:
+        """Whether the lease on the inode behind `fd` can be given up, after a last look."""
+        try:
+            if fd in self._unsettled:
+                self.freeze(fd)
+            elif not lease.is_unbroken(fd) and inode.is_immutable(fd):
+                self.attacks += repel_writers(fd)
+        except (OSError, ToolError) as error:
+            log.error("a shared file's window cannot be closed: %s; its lease is kept", error)
+            self._unsettled.add(fd)
+            return False
+        return True
+
+    # --- notes for those who come after us
 
     def _note_intents(self, key: bytes, numbers: Sequence[int]) -> list[bytes]:
-        names = []
-        for start in range(0, len(numbers), _NAMES_AN_INTENT):
-            name = b"%s%s-%s-%d" % (OBJECTS_INTENT, self._token, key, start)
-            text = b",".join(b"%d" % number for number in numbers[start : start + _NAMES_AN_INTENT])
-            os.symlink(text, name, dir_fd=self._stage_fd)
-            names.append(name)
-        return names
+        return self._symlink(
+            {
+                b"%s%s-%s-%d" % (OBJECTS_INTENT, self._token, key, start): b",".join(
+                    [b"%d" % number for number in numbers[start : start + _NAMES_AN_INTENT]]
+                )
+                for start in range(0, len(numbers), _NAMES_AN_INTENT)
+            }
+        )
+
+    def _symlink(self, texts: Mapping[bytes, bytes]) -> list[bytes]:
+        """Make symlinks in the stage, all or none; returns their names."""
+        made: list[bytes] = []
+        if self._stage_fd is None:
+            return made
+        try:
+            for name, text in texts.items():
+                os.symlink(text, name, dir_fd=self._stage_fd)
+                made.append(name)
+        except OSError as error:
+            self._unlink(made)
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise NoSpace(
+                "the pool's stage: no room to note which files are worked on",
+                hint="free some space, e.g. with: vpool reclaim",
+            ) from error
+        return made
+
+    def _unlink(self, names: Sequence[bytes]) -> None:
+        for name in names:
+            os.unlink(name, dir_fd=self._stage_fd)
 
     def _tell(self, message: bytes, fds: Sequence[int]) -> None:
-        try:
-            if not fds:
-                self._keeper.send(message)
-            for start in range(0, len(fds), _FDS_A_MESSAGE):
-                socket.send_fds(self._keeper, [message], fds[start : start + _FDS_A_MESSAGE])
-        except OSError as error:
-            if error.errno not in (errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN):
-                raise
-            if message.startswith(b"+"):
-                raise PoolBusy(
-                    "the program that guards the leases was killed: no shared file is touched",
-                    hint="run the command again: it puts right what was left behind",
-                ) from error
+        if self._keeper is not None:
+            tell(self._keeper, message, fds)
 
-    def _lock(self, numbers: Sequence[int]) -> None:
-        for number in numbers:
-            self._set_lock(fcntl.F_WRLCK, number, 1)
 
-    def _unlock(self) -> None:
-        self._set_lock(fcntl.F_UNLCK, 0, 0)
-
-    def _set_lock(self, kind: int, start: int, length: int) -> None:
-        fcntl.fcntl(
-            self._locks_fd, fcntl.F_OFD_SETLKW, _FLOCK.pack(kind, os.SEEK_SET, start, length, 0)
+def _find_longest_linger() -> float:
+    """Lingering has to end well before the kernel breaks a lease by force."""
+    break_time_s = lease.break_time_s()
+    if 0 < break_time_s < _SHORT_BREAK_TIME_S:
+        log.warning(
+            "/proc/sys/fs/lease-break-time is %d seconds: too short to be sure of turning away "
+            "whoever wants to write to shared files; 45 is usual",
+            break_time_s,
         )
+    return break_time_s / 4 if break_time_s else LINGER_S
 
 
 def parse_intent(text: bytes) -> list[int]:

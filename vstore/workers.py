@@ -7,8 +7,11 @@ milliseconds once.
 """
 
 import gc
+import logging
 import marshal
 import os
+import resource
+import select
 import selectors
 import signal
 import socket
@@ -18,10 +21,12 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, Final, Protocol, TypeVar, runtime_checkable
 
 from vstore.errors import ToolError
-from vstore.window import Keeper
+from vstore.keeper import Keeper
+
+log = logging.getLogger(__name__)
 
 
 class Hand(Protocol):
@@ -34,13 +39,40 @@ class Hand(Protocol):
         """No more jobs come."""
 
 
+@runtime_checkable
+class IdleHand(Protocol):
+    """A hand that has something to do while it waits for a job."""
+
+    def idle(self) -> float | None:
+        """Do what is due; returns in how many seconds to ask again, None for not at all."""
+
+
 Context = TypeVar("Context")
 _LENGTH: Final = struct.Struct("=I")
-_BUFFER: Final = 8 << 20  # a job or an answer always fits, so that neither side waits for the other
+_BUFFER: Final = 8 << 20  # jobs and answers nearly always fit
 _SO_SNDBUFFORCE: Final = 32
 # A message is an answer, an end, a ToolError, an OSError or a traceback.
 _PART, _DONE, _REFUSED, _FAILED, _CRASHED = range(5)
+_IGNORED: Final = (
+    signal.SIGINT,
+    signal.SIGHUP,
+    signal.SIGTERM,
+    signal.SIGQUIT,
+    signal.SIGTSTP,
+    signal.SIGTTIN,
+    signal.SIGTTOU,
+)
+"""What a terminal or a service manager sends to all of us: the parent hears it and gives no more
+jobs, and a worker ends only what it has in hand, for it may be inside a window.
+"""
 _AHEAD: Final = 2  # jobs given to a worker at a time: one in work, one waiting
+
+
+def raise_file_limit() -> None:
+    """Let this process and its workers have as many descriptors as the system allows them."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def core_count() -> int:
@@ -59,7 +91,15 @@ class Worker:
     pid: int
     channel: socket.socket
     keeper: Keeper
-    jobs: deque[Any] = field(default_factory=deque)
+    jobs: deque[Any] = field(default_factory=deque)  # the contexts of those that it was given
+    unsent: bytes = b""  # of the last one
+
+    def send(self) -> None:
+        """Send what is unsent as far as that goes without waiting. Raises OSError."""
+        with suppress(BlockingIOError):
+            while self.unsent:
+                sent = self.channel.send(self.unsent, socket.MSG_DONTWAIT)
+                self.unsent = self.unsent[sent:]
 
 
 class WorkerDied(ToolError):
@@ -83,6 +123,7 @@ class Crew:
     ) -> None:
         self._bury = bury
         self._workers: list[Worker] = []
+        raise_file_limit()
         for number in range(count):
             self._workers.append(self._fork(number, start))
 
@@ -95,12 +136,21 @@ class Crew:
             with suppress(OSError):
                 worker.channel.shutdown(socket.SHUT_WR)
         for worker in self._workers:
-            with suppress(OSError):
-                while _receive(worker.channel) is not None:
+            self._see_off(worker)
+
+    def _see_off(self, worker: Worker) -> None:
+        with suppress(OSError):
+            while _receive(worker.channel) is not None:
+                with suppress(ToolError):
                     worker.keeper.drain()
-            worker.channel.close()
-            os.waitpid(worker.pid, 0)
-            worker.keeper.close()
+        worker.channel.close()
+        status = _wait_for(worker.pid)
+        if status:
+            log.warning("worker process %d %s", worker.pid, _show_end(status))
+            if self._bury:
+                self._bury(worker)
+        _reap(worker.pid)
+        worker.keeper.close()
 
     def map(
         self, jobs: Iterable[tuple[Any, Context] | None], *, limit: int | None = None
@@ -109,38 +159,60 @@ class Crew:
         for every answer.
 
         Jobs are taken from the iterable only when a worker can have one; None says that there is
-        none for now. At most `limit` workers are used. Raises WorkerDied; ToolError; RuntimeError
-        with the worker's traceback for a bug.
+        none for now. At most `limit` workers are used. Raises WorkerDied; a worker's ToolError or
+        OSError; RuntimeError with the worker's traceback for a bug.
         """
         todo = iter(jobs)
         workers = self._workers[:limit]
         with selectors.DefaultSelector() as selector:
             for worker in workers:
                 selector.register(worker.channel, selectors.EVENT_READ, worker)
-            self._give_out(workers, todo)
+            self._give_out(workers, todo, selector)
             while any(worker.jobs for worker in workers):
-                for key, _ in selector.select():
+                for key, events in selector.select():
+                    if events & selectors.EVENT_WRITE:
+                        self._send_rest(key.data, selector)
+                    if not events & selectors.EVENT_READ:
+                        continue
                     verdict, answer = self._take(key.data)
                     context = key.data.jobs[0]
                     if verdict == _DONE:
                         key.data.jobs.popleft()
                     else:
                         yield context, answer
-                self._give_out(workers, todo)
+                self._give_out(workers, todo, selector)
 
-    def _give_out(self, workers: list[Worker], todo: Iterator[tuple[Any, Any] | None]) -> None:
+    def _give_out(
+        self,
+        workers: list[Worker],
+        todo: Iterator[tuple[Any, Any] | None],
+        selector: selectors.BaseSelector,
+    ) -> None:
         for depth in range(_AHEAD):
             for worker in workers:
-                if len(worker.jobs) <= depth:
+                if len(worker.jobs) <= depth and not worker.unsent:
                     job = next(todo, None)
                     if job is None:
                         return
                     message, context = job
                     worker.jobs.append(context)
-                    try:
-                        _send(worker.channel, message)
-                    except OSError as error:
-                        raise self._lost(worker) from error
+                    worker.unsent = _pack(message)
+                    self._send(worker)
+                    if worker.unsent:
+                        both = selectors.EVENT_READ | selectors.EVENT_WRITE
+                        selector.modify(worker.channel, both, worker)
+
+    def _send_rest(self, worker: Worker, selector: selectors.BaseSelector) -> None:
+        self._send(worker)
+        if not worker.unsent:
+            selector.modify(worker.channel, selectors.EVENT_READ, worker)
+
+    def _send(self, worker: Worker) -> None:
+        # Never waits: the worker may be sending an answer and read nothing until we have taken it.
+        try:
+            worker.send()
+        except OSError as error:
+            raise self._lost(worker) from error
 
     def _take(self, worker: Worker) -> tuple[int, Any]:
         message = _receive(worker.channel)
@@ -158,15 +230,16 @@ class Crew:
 
     def _lost(self, worker: Worker) -> WorkerDied:
         self._workers.remove(worker)
-        _, status = os.waitpid(worker.pid, 0)
         worker.channel.close()
-        if self._bury:
-            self._bury(worker)
-        worker.keeper.close()
-        code = os.waitstatus_to_exitcode(status)
-        how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+        status = _wait_for(worker.pid)
+        try:
+            if self._bury:
+                self._bury(worker)
+        finally:
+            _reap(worker.pid)
+            worker.keeper.close()
         return WorkerDied(
-            f"worker process {worker.pid} ended in the middle of its work ({how})",
+            f"worker process {worker.pid} {_show_end(status)} in the middle of its work",
             hint="what it had in hand was put right; run the command again",
         )
 
@@ -177,14 +250,23 @@ class Crew:
                 end.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, _BUFFER)
         keeper = Keeper()
         gc.freeze()
-        pid = os.fork()
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, _IGNORED)
+        try:
+            pid = os.fork()
+        except OSError:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            raise
         if pid == 0:
+            for number_of_signal in _IGNORED:
+                signal.signal(number_of_signal, signal.SIG_IGN)
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             ours.close()
             keeper.close()
             for sibling in self._workers:
                 sibling.channel.close()
                 sibling.keeper.close()
             _be_worker(theirs, number, keeper.holder_socket, start)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         theirs.close()
         keeper.holder_socket.close()
         return Worker(number, pid, ours, keeper)
@@ -201,10 +283,9 @@ def _be_worker(
     """
     code = 1
     try:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears of it and stops giving jobs
         gc.disable()
         hand = start(number, keeper)
-        while (job := _receive(channel)) is not None:
+        while (job := _await_job(channel, hand)) is not None:
             try:
                 for answer in hand.serve(marshal.loads(job)):  # noqa: S302 - from our own parent
                     _send(channel, (_PART, answer))
@@ -212,7 +293,8 @@ def _be_worker(
             except ToolError as error:
                 _send(channel, (_REFUSED, (type(error).__name__, error.message, error.hint)))
             except OSError as error:
-                _send(channel, (_FAILED, (error.errno, error.strerror, error.filename)))
+                log.debug("worker %d", number, exc_info=True)
+                _send(channel, (_FAILED, _describe(error)))
             except Exception:  # noqa: BLE001 - handed to the parent, which raises it
                 _send(channel, (_CRASHED, traceback.format_exc()))
         hand.finish()
@@ -227,9 +309,48 @@ def _revive(kind: str, message: str, hint: str | None) -> ToolError:
     return kinds.get(kind, ToolError)(message, hint=hint)
 
 
+def _describe(error: OSError) -> tuple[Any, ...]:
+    """The arguments of an equal OSError."""
+    reason = error.strerror or str(error)
+    if error.filename is None:
+        return error.errno or 0, reason
+    return error.errno or 0, reason, error.filename
+
+
+def _await_job(channel: socket.socket, hand: Hand) -> bytes | None:
+    if isinstance(hand, IdleHand):
+        waiting = select.poll()
+        waiting.register(channel, select.POLLIN)
+        while (pause_s := hand.idle()) is not None and not waiting.poll(pause_s * 1000 + 1):
+            pass
+    return _receive(channel)
+
+
+def _wait_for(pid: int) -> int:
+    """The exit code of a worker, negative for a signal; its pid stays taken, for its leases bear
+    it.
+    """
+    end = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    if end is None:
+        return 0
+    return end.si_status if end.si_code == os.CLD_EXITED else -end.si_status
+
+
+def _reap(pid: int) -> None:
+    os.waitpid(pid, 0)
+
+
+def _show_end(status: int) -> str:
+    return f"was killed by signal {-status}" if status < 0 else f"ended with exit code {status}"
+
+
 def _send(channel: socket.socket, value: Any) -> None:
+    channel.sendall(_pack(value))
+
+
+def _pack(value: Any) -> bytes:
     message = marshal.dumps(value)
-    channel.sendall(_LENGTH.pack(len(message)) + message)
+    return _LENGTH.pack(len(message)) + message
 
 
 def _receive(channel: socket.socket) -> bytes | None:

@@ -24,7 +24,7 @@ ODD = b"new\nline\x1b[31m\xff"
 @pytest.fixture
 def two(site: Site, tool: Tool) -> Site:
     """The unified guests web and db."""
-    rows: list[Row] = [File("bin/a", SHARED), File("bin/b", b"other" * 99), Folder("tmp")]
+    rows: list[Row] = [File("bin/a", SHARED), File("bin/b", b"other" * 99), Folder("mnt")]
     rows += [Symlink("bin/link", "a"), File(b"srv/" + ODD)]
     for name in ("web", "db"):
         site.add_guest(name, rows)
@@ -47,14 +47,14 @@ def manifest(two: Site, tool: Tool) -> Path:
 def test_own_entries_a_line_each(two: Site, tool: Tool) -> None:
     done = tool("vfiles", "web")
     assert (done.returncode, done.stderr) == (0, "")
-    wanted = b"./tmp\n./bin/link\n./srv/" + ODD + b"\n"
+    wanted = b"./mnt\n./bin/link\n./srv/" + ODD + b"\n"
     assert sorted(os.fsencode(done.stdout).split(b"\n")) == sorted(wanted.split(b"\n"))
 
 
 def test_own_entries_a_null_byte_each(two: Site, tool: Tool) -> None:
     done = tool("vfiles", "-0", "web")
     entries = os.fsencode(done.stdout).split(b"\0")
-    assert sorted(entries) == [b"", b"./bin/link", b"./srv/" + ODD, b"./tmp"]
+    assert sorted(entries) == [b"", b"./bin/link", b"./srv/" + ODD, b"./mnt"]
 
 
 def test_shared_entries(two: Site, tool: Tool) -> None:
@@ -90,14 +90,14 @@ def test_a_reader_that_goes_away_is_no_error_of_ours(two: Site, tool: Tool) -> N
 
 def test_what_is_mounted_in_a_guest_is_named_and_left_out(two: Site, tool: Tool) -> None:
     other = grow(two.filesystem.folder / "other", [File("file", b"x")])
-    subprocess.run(["mount", "--bind", other, two.root("web") / "tmp"], check=True)
+    subprocess.run(["mount", "--bind", other, two.root("web") / "mnt"], check=True)
     try:
         done = tool("vfiles", "web")
     finally:
-        subprocess.run(["umount", two.root("web") / "tmp"], check=True)
+        subprocess.run(["umount", two.root("web") / "mnt"], check=True)
     assert done.returncode == 0
-    assert done.stderr == f"vfiles: {two.root('web')}/tmp: on another mount, left out\n"
-    assert "tmp" not in done.stdout
+    assert done.stderr == f"vfiles: {two.root('web')}/mnt: on another mount, left out\n"
+    assert "mnt" not in done.stdout
 
 
 # --- save and restore
@@ -107,7 +107,7 @@ def test_the_manifest_is_lines_of_json(two: Site, manifest: Path) -> None:
     records = [json.loads(line) for line in manifest.read_text().splitlines()]
     assert records[0] == {"format": 1, "guest": "web"}
     assert [record["folder"] for record in records if "folder" in record] == [
-        *("", "bin", "srv", "tmp"),
+        *("", "bin", "srv", "mnt"),
     ]
     assert [record["file"] for record in records if "file" in record] == ["bin/a", "bin/b"]
     assert records[-1] == {"end": 6}

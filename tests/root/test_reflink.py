@@ -189,7 +189,7 @@ def test_a_file_of_less_than_a_block_shares_one(site: Site, tool: Tool) -> None:
 @both
 def test_names_of_one_inode_count_and_stay_together(site: Site, tool: Tool) -> None:
     content = os.urandom(9000)
-    rows = [File("one", content), Link("two", to="one")]
+    rows: list[Row] = [File("one", content), Link("two", to="one")]
     web = site.add_guest("web", rows)
     site.add_guest("db", [File("file", content)])
     before = snapshot(web)

@@ -271,8 +271,11 @@ def _undo(pool: Pool, held: list[Held], refused: list[tuple[str, str]], output: 
         click.echo(json.dumps(_undo_as_json(result, errors, pool, time.monotonic() - began)))
     elif not output.is_quiet:
         click.echo(_undo_as_table(result, len(errors), pool, dry_run=output.dry_run))
-    if output.dry_run and result.bytes_copied > _free_bytes(pool):
-        return NoSpace.exit_code
+    if output.dry_run and (short := result.bytes_copied - _free_bytes(pool)) > 0:
+        raise NoSpace(
+            f"{pool.path}: the file system has {short} bytes too few for private copies",
+            hint="free some space, or undo fewer guests",
+        )
     return EXIT_PARTIAL if errors else 0
 
 
