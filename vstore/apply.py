@@ -40,6 +40,7 @@ RETRY: Final = "retry"  # the object is not what the plan took it for: plan agai
 _PROC_FDS: Final = "/proc/self/fd"
 _SPARE: Final = "spare"
 _CHANGED: Final = (reading.CHANGED, 0, 0)
+_LONGEST_READ: Final = 1 << 20  # bytes, while a guest stands still
 _FREEZE_TRIES: Final = 3  # a guest that does not stand still is put off to the next run
 
 JobFolder = tuple[int, bytes, int, int]
@@ -97,6 +98,7 @@ class Linker:
         self._answers: dict[int, tuple[str, int, int]] = {}
         self._open: dict[int, int] = {}  # row -> descriptor, leased and compared
         self._folders: dict[int, int] = {}  # folder -> descriptor
+        self._touched: set[int] = set()  # folders in which names were replaced
         self._is_running = False
         self._moving: set[int] = set()  # trees whose guests run and do not stand still
 
@@ -207,9 +209,15 @@ class Linker:
                 if self._cgroups[tree]:  # two workers may be in one folder, but not in one guest
                     now = os.fstat(fd)
                     times = [now.st_atime_ns, now.st_mtime_ns]
-                stack.callback(_put_times_back, fd, *times)
+                stack.callback(self._leave_folder, folder, fd, *times)
                 self._folders[folder] = fd
         stack.callback(self._close_members)
+
+    def _leave_folder(self, folder: int, fd: int, atime: int, mtime: int) -> None:
+        if folder in self._touched:
+            with suppress(OSError):
+                os.utime(fd, ns=(atime, mtime))
+        os.close(fd)
 
     def _freeze_guests(self, trees: set[int], stack: ExitStack) -> None:
         paths = sorted({self._cgroups[tree] for tree in trees} - {""})
@@ -264,7 +272,7 @@ class Linker:
             raise LeftAlone(ALREADY)
         status = reading.lease_unchanged(fd, member.key)
         if member.fresh:
-            if self._is_running:
+            if self._is_running and member.size > _LONGEST_READ:
                 raise LeftAlone(reading.RECENT)
             known = (member.digest, member.xattrs)
             if reading.read_content(fd, status, self._original) != known:
@@ -340,6 +348,8 @@ class Linker:
         if inode.project_id(fd):
             raise LeftAlone(reading.PROJECT)
         if member.ctime >= self._synced_ns:
+            if self._is_running:
+                raise LeftAlone(reading.RECENT)
             os.fdatasync(fd)
 
     def _ready_members(self, item: _Object) -> None:
@@ -425,6 +435,7 @@ class Linker:
         for position, member in enumerate(item.members):
             freed = self._count_own(member)
             try:
+                self._touched.add(member.folder)
                 self._replace(self._folders[member.folder], member.name, item.name)
             except OSError as error:
                 if error.errno == errno.EMLINK:
@@ -456,12 +467,6 @@ class Linker:
     def _answer(self, members: Sequence[Member], outcome: str) -> None:
         for member in members:
             self._answers.setdefault(member.row, (outcome, 0, 0))
-
-
-def _put_times_back(fd: int, atime: int, mtime: int) -> None:
-    with suppress(OSError):
-        os.utime(fd, ns=(atime, mtime))
-    os.close(fd)
 
 
 def _explain(error: OSError) -> str:

@@ -44,9 +44,10 @@ _SCHEMA: Final = """
         volume INTEGER, ino INTEGER, digest BLOB, xattrs BLOB, fresh INTEGER,
         PRIMARY KEY (volume, ino)
     ) WITHOUT ROWID;
+    CREATE TABLE known (
+        volume INTEGER, ino INTEGER, digest BLOB, xattrs BLOB, PRIMARY KEY (volume, ino)
+    ) WITHOUT ROWID;
 """
-_KNOWN: Final = """idx.digests AS known ON known.volume = files.volume AND known.ino = files.ino
-    AND known.size = files.size AND known.mtime = files.mtime AND known.ctime = files.ctime"""
 _HASH_MASK: Final = (1 << 64) - 1
 
 
@@ -202,6 +203,21 @@ class Catalog:
             SELECT {self._key}, min(id) AS first, count(*) AS names FROM files
             GROUP BY {self._key} {having}"""  # noqa: S608 - columns of our own
         )
+        self._take_known()
+
+    def _take_known(self) -> None:
+        """Copy what the index knows of the chosen files: other programs may write to it then."""
+        self._database.execute("DELETE FROM known")
+        try:
+            if self._database.execute("SELECT 1 FROM idx.digests LIMIT 1").fetchone():
+                self._database.execute(
+                    f"""INSERT OR IGNORE INTO known SELECT volume, ino, digest, xattrs
+                    FROM groups JOIN files USING ({self._key})
+                    JOIN idx.digests USING (volume, ino, size, mtime, ctime)"""  # noqa: S608 - our own
+                )
+        except sqlite3.DatabaseError as error:
+            self._database.execute("DELETE FROM known")
+            renew_index(self._database, self._pool, error)
 
     def count_unchosen(self) -> int:
         """How many files no other can equal, so that they are not read."""
@@ -231,13 +247,10 @@ class Catalog:
             uid, gid, files.mtime, files.ctime, nlink - ifnull(foreign_names.names, 0), blocks,
             files.volume, known.digest, known.xattrs, 0
             FROM groups JOIN files USING ({self._key})
-            LEFT JOIN foreign_names ON foreign_names.ino = files.ino LEFT JOIN {_KNOWN}
+            LEFT JOIN foreign_names ON foreign_names.ino = files.ino
+            LEFT JOIN known ON known.volume = files.volume AND known.ino = files.ino
             WHERE groups.names <= ? ORDER BY first, tree, files.id"""  # noqa: S608 - our own
-        try:
-            return self._database.execute(query, (limit,))
-        except sqlite3.DatabaseError as error:
-            self.renew_index(error)
-            return self._database.execute(query, (limit,))
+        return self._database.execute(query, (limit,))
 
     def _objects_like(self, member: tuple[Any, ...]) -> list[KnownObject]:
         values = member[7:11] if self._ignore_mtime else member[7:12]
@@ -252,10 +265,6 @@ class Catalog:
         )
         return [(*row[:5], bool(row[5])) for row in rows]
 
-    def renew_index(self, error: sqlite3.Error) -> None:
-        """The index turned out corrupt: go on with an empty one."""
-        renew_index(self._database, self._pool, error)
-
     # --- all other groups: read first, then link ---
 
     def choose_contents(self, above: int) -> None:
@@ -269,15 +278,10 @@ class Catalog:
             (above,),
         )
         self._database.execute("CREATE INDEX IF NOT EXISTS file_inodes ON files (ino, volume)")
-        try:
-            self._database.execute(
-                f"""UPDATE contents SET (digest, xattrs, fresh) = (known.digest, known.xattrs, 0)
-                FROM files JOIN {_KNOWN}
-                WHERE files.volume = contents.volume AND files.ino = contents.ino"""  # noqa: S608
-            )
-        except sqlite3.DatabaseError as error:
-            self._database.execute("UPDATE contents SET digest = NULL")
-            self.renew_index(error)
+        self._database.execute(
+            """UPDATE contents SET (digest, xattrs, fresh) = (known.digest, known.xattrs, 0)
+            FROM known WHERE known.volume = contents.volume AND known.ino = contents.ino"""
+        )
 
     def has_contents(self) -> bool:
         """Whether any file was chosen by `choose_contents`."""

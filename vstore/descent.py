@@ -73,7 +73,7 @@ class Descent:
 
     def steps(self) -> Iterator[Entered | Left | Barred]:
         """Walk. Raises ToolError when a folder on the way has been moved."""
-        self._fd = os.dup(self._root_fd)
+        self._fd = os.open(".", inode.OPEN_FOLDER, dir_fd=self._root_fd)
         try:
             yield from self._visit(b"")
             while self._levels:

@@ -113,7 +113,8 @@ def store_digests(database: sqlite3.Connection, rows: Iterable[DigestRow]) -> No
 
 def _attach(database: sqlite3.Connection, path: Path) -> None:
     database.execute("ATTACH ? AS idx", (os.fspath(path),))
-    database.execute("PRAGMA idx.journal_mode = WAL")
+    # No write-ahead log: its shared memory is a mapped file, deadly on a full disk.
+    database.execute("PRAGMA idx.journal_mode = TRUNCATE")
     database.execute("PRAGMA idx.synchronous = NORMAL")
 
 

@@ -331,9 +331,10 @@ class Pool:
                 folders.append(os.open(str(number), inode.OPEN_FOLDER, dir_fd=top))
             yield folders
         finally:
-            with suppress(OSError):
-                for number in range(count):
+            for number in range(count):
+                with suppress(OSError):
                     os.rmdir(str(number), dir_fd=top)
+            with suppress(OSError):
                 os.rmdir(name, dir_fd=self.fd)
             for fd in (*folders, top):
                 os.close(fd)

@@ -231,9 +231,14 @@ class Replicator:
         os.link(name, group, src_dir_fd=self._fd, dst_dir_fd=self._stage_fd, follow_symlinks=False)
 
     def _drop_groups(self) -> None:
-        for name in os.listdir(self._stage_fd):  # noqa: PTH208 - by descriptor
-            if name.startswith("group-"):
-                os.unlink(name, dir_fd=self._stage_fd)
+        # btrfs lists what was in a folder when it was opened, and the stage was empty then.
+        fd = os.open(".", inode.OPEN_FOLDER, dir_fd=self._stage_fd)
+        try:
+            for name in os.listdir(fd):  # noqa: PTH208 - by descriptor
+                if name.startswith("group-"):
+                    os.unlink(name, dir_fd=fd)
+        finally:
+            os.close(fd)
 
     def _make_new(self, folder_fd: int, name: bytes, status: os.stat_result) -> None:
         if stat.S_ISREG(status.st_mode):

@@ -151,7 +151,8 @@ class _Restore:
         self._to_copy: set[bytes] = set()
         self.result = RestoreResult()
         missed = Missed()
-        for item in list_shared(held.fd, objects, missed):
+        pool_ino = os.fstat(pool.fd).st_ino
+        for item in list_shared(held.fd, objects, missed, skip_ino=pool_ino):
             self._offers.use(item.ino, manifest.files.get(item.path))
         self.result.errors += missed.errors
 

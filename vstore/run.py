@@ -12,20 +12,19 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from itertools import chain, groupby
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import Any, Final, TypeVar
 
 from vstore import apply, extents, index, reading, scan, syscalls
 from vstore.catalog import Catalog, ToRead
 from vstore.hand import Hand
 from vstore.hold import find_linger_s
-from vstore.index import DigestRow
 from vstore.member import Member
+from vstore.order import Options, Target, UnifyResult
 from vstore.original import find_original_pools, load_members
 from vstore.plan import (
     NAMES_A_BATCH,
     OBJECTS_A_BATCH,
     KnownObject,
-    Reclaimed,
     Slot,
     batch_slots,
     plan_group,
@@ -33,13 +32,10 @@ from vstore.plan import (
 from vstore.pool import InodeNumbers, Pool, find_file_system
 from vstore.progress import Progress
 from vstore.recovery import settle_stage
+from vstore.tally import Tally, join
 from vstore.window import Windows
 from vstore.workers import Crew, Worker, core_count
 
-if TYPE_CHECKING:
-    from vstore.unify import Options, Target, UnifyResult
-
-TIME_IS_UP: Final = "time-budget"
 NOT_IN_REFSERVER: Final = "not-in-refserver"
 
 _ROUNDS: Final = 4
@@ -58,11 +54,11 @@ class Run:
 
     def __init__(
         self,
-        targets: "Sequence[Target]",
+        targets: Sequence[Target],
         pool: Pool | None,
-        options: "Options",
+        options: Options,
         progress: Progress,
-        result: "UnifyResult",
+        result: UnifyResult,
         stack: ExitStack,
     ) -> None:
         self._targets = targets
@@ -76,10 +72,6 @@ class Run:
             None if options.time_budget_s is None else time.monotonic() + options.time_budget_s
         )
         self._is_late = False
-        self._used = [array("Q") for _ in targets]
-        self._full: set[str] = set()
-        self._leftover: list[DigestRow] = []
-        self._reclaimed = Reclaimed()
         self._objects = pool.load_numbers() if pool else InodeNumbers(array("Q"))
         references = {number for target in targets for number in target.references}
         self._trees = [
@@ -97,6 +89,7 @@ class Run:
         self._file_system = find_file_system(targets[0].held.guest.root) if targets else ""
         self._catalog = Catalog(pool, ignore_mtime=options.rules.ignore_mtime)
         stack.callback(self._catalog.close)
+        self._tally = Tally(targets, self._catalog, result)
 
     def carry_out(self) -> None:
         """Do it all; what was done and found is in the result."""
@@ -113,9 +106,9 @@ class Run:
             self._pretend()
         else:
             self._unify(crew, self._pool, workers)
-        self._result.bytes_reclaimed = self._reclaimed.bytes
+        self._result.bytes_reclaimed = self._tally.reclaimed.bytes
         if self._is_late:
-            self._count_late()
+            self._tally.count_late()
 
     def _unify(self, crew: Crew, pool: Pool, workers: int) -> None:
         linkers = min(workers, _LINKERS.get(self._file_system, workers))
@@ -128,7 +121,7 @@ class Run:
             again = self._read_and_link(crew, linkers, synced_ns, at_once) if at_once else []
             self._read(crew)
             again += self._link(crew, linkers, synced_ns)
-            self._store_leftover()
+            self._tally.store_leftover()
             if not again:
                 return
             if is_last:
@@ -188,14 +181,14 @@ class Run:
             for found in folders:
                 self._catalog.add_folder(tree, volumes[tree], found)
             self._catalog.add_shared_names(tree, named)
-            self._used[tree].frombytes(shared)
+            self._tally.used[tree].frombytes(shared)
             count = files + len(shared) // 8
             self._result.files_seen += count
             self._result.files_already += len(shared) // 8
             for reason, times in skipped.items():
                 self._result.skip(reason, times)
             for path, why in errors:
-                self._note_error(tree, path, why)
+                self._tally.note_error(tree, path, why)
             todo.extend((tree, some) for some in _deal(pending))
             self._progress.advance(count)
         self._catalog.add_foreign_names(self._foreign.items())
@@ -203,7 +196,7 @@ class Run:
     def _choose(self, at_once: int) -> None:
         """Find the files that can have an equal; larger groups than `at_once` are read first."""
         if self._pool is not None:
-            self._catalog.load_objects(self._pool, self._full)
+            self._catalog.load_objects(self._pool, self._tally.full)
         self._catalog.choose(twins=self._rules.link_twins, everything=self._rules.everything)
         self._result.skip(apply.UNIQUE, self._catalog.count_unchosen())
         self._catalog.choose_contents(at_once)
@@ -213,14 +206,14 @@ class Run:
     def _read_and_link(self, crew: Crew, linkers: int, synced_ns: int, at_once: int) -> list[int]:
         """Work on the groups of at most `at_once` names; returns the rows to plan again."""
         self._progress.phase("unify", self._catalog.count_chosen())
-        used = [InodeNumbers(numbers) for numbers in self._used]
+        used = self._tally.load_used()
         groups = self._until_deadline(self._catalog.list_groups(at_once))
         jobs = (self._group_job(batch, synced_ns, used) for batch in _batch_groups(groups))
         again: list[int] = []
         for members, (answers, left, attacks) in crew.map(jobs, limit=linkers):
             self._result.attacks += attacks
-            again += self._take_answers(map(Member._make, members), answers)
-            self._keep_leftover(map(Member._make, left))
+            again += self._tally.take_answers(map(Member._make, members), answers)
+            self._tally.keep_leftover(map(Member._make, left))
             self._progress.advance(len(answers))
         return again
 
@@ -273,20 +266,14 @@ class Run:
             if outcome in reading.REASONS:
                 self._result.skip(outcome, names)
             else:
-                self._note_error(file.tree, _join(file.path, file.name), outcome)
+                self._tally.note_error(file.tree, join(file.path, file.name), outcome)
                 self._result.skip("error", names - 1)
         self._catalog.add_contents(known)
         if not self._options.dry_run:
-            self._catalog.keep_digests(
-                [
-                    (file.volume, file.ino, file.size, file.mtime, file.ctime, digest, xattrs)
-                    for file, digest, xattrs, fresh in known
-                    if not fresh
-                ]
-            )
+            self._tally.keep_read(known)
 
     def _plan(self) -> Iterator[Slot]:
-        used = _UsedPairs([InodeNumbers(numbers) for numbers in self._used])
+        used = _UsedPairs(self._tally.load_used())
         for _, members in groupby(self._catalog.list_members(), key=attrgetter("group")):
             first = next(members)
             objects = self._catalog.find_objects(first)
@@ -306,7 +293,7 @@ class Run:
             self._result.files_unified += len(slot.members)
             for member in slot.members:
                 if slot.ino or member.ino != sources[0].ino:
-                    self._reclaimed.replace(member, self._count_own(member))
+                    self._tally.reclaimed.replace(member, self._count_own(member))
 
     def _count_own(self, member: Member) -> int:
         """The bytes that the member's inode shares with no other, from the file as it is now."""
@@ -339,11 +326,11 @@ class Run:
         for slots, (answers, attacks) in crew.map(jobs, limit=linkers):
             self._result.attacks += attacks
             members = [member for slot in slots for member in slot.members]
-            again += self._take_answers(members, answers)
+            again += self._tally.take_answers(members, answers)
             full_rows = {row for row, outcome, *_ in answers if outcome == apply.FULL}
             for slot in slots:
                 if full_rows & {member.row for member in slot.members}:
-                    self._full.add(slot.object_name)
+                    self._tally.full.add(slot.object_name)
             self._progress.advance(len(answers))
         return again
 
@@ -360,44 +347,6 @@ class Run:
         ]
         return ("link", (synced_ns, self._load_folders(folders), plain)), slots
 
-    # --- counting ---
-
-    def _take_answers(self, members: Iterable[Member], answers: list[apply.Answer]) -> list[int]:
-        again = []
-        adopted = set()
-        result = self._result
-        for member, (row, outcome, ino, own_bytes) in zip(members, answers, strict=True):
-            if outcome == apply.UNIFIED:
-                result.files_unified += 1
-                self._used[member.tree].append(ino)
-                self._reclaimed.replace(member, own_bytes)
-            elif outcome == apply.ADOPTED:
-                result.files_unified += 1
-                self._used[member.tree].append(ino)
-                adopted.add(ino)
-            elif outcome in (apply.FULL, apply.RETRY):
-                again.append(row)
-            elif outcome == apply.ALREADY:
-                result.files_already += 1
-            elif outcome == apply.UNIQUE or outcome in reading.REASONS:
-                result.skip(outcome)
-            else:
-                path = self._catalog.load_folder(member.folder)[0]
-                self._note_error(member.tree, _join(path, member.name), outcome)
-        result.objects_new += len(adopted)
-        return again
-
-    def _keep_leftover(self, left: Iterable[Member]) -> None:
-        """Remember what was read and is no link, so that no later run reads it again."""
-        for member in left:
-            if not member.fresh and member.digest is not None and member.xattrs is not None:
-                key = (member.volume, member.ino, member.size, member.mtime, member.ctime)
-                self._leftover.append((*key, member.digest, member.xattrs))
-
-    def _store_leftover(self) -> None:
-        self._catalog.keep_digests(self._leftover)
-        self._leftover.clear()
-
     def _until_deadline(self, steps: Iterable[Step]) -> Iterator[Step]:
         """Give the steps on until the time is up; what is not begun then waits for the next run."""
         for step in steps:
@@ -405,18 +354,6 @@ class Run:
                 self._is_late = True
                 return
             yield step
-
-    def _count_late(self) -> None:
-        """What the time was too short for: every file that is nothing else."""
-        result = self._result
-        settled = result.files_unified + result.files_already + len(result.errors)
-        folders = scan.FOLDER_REASONS
-        settled += sum(times for reason, times in result.skipped.items() if reason not in folders)
-        result.skip(TIME_IS_UP, max(0, result.files_seen - settled))
-
-    def _note_error(self, tree: int, path: bytes, reason: str) -> None:
-        root = os.fspath(self._targets[tree].held.guest.root)
-        self._result.errors.append((f"{root}/{os.fsdecode(path)}", reason))
 
 
 class _UsedPairs:
@@ -476,7 +413,3 @@ def _batch_reads(files: Iterable[ToRead]) -> Iterator[list[ToRead]]:
             batch, size = [], 0
     if batch:
         yield batch
-
-
-def _join(folder: bytes, name: bytes) -> bytes:
-    return folder + b"/" + name if folder else name

@@ -14,8 +14,8 @@ from vstore import exclude
 from vstore.errors import NotPermitted, ToolError, WrongUsage
 from vstore.guest import Guest, list_guests, load_guest, load_state, refservers, tree_guest
 from vstore.hold import Held, check_same_mount, default_pool, hold_guests
+from vstore.order import Target
 from vstore.pool import Pool
-from vstore.unify import Target
 
 log = logging.getLogger(__name__)
 

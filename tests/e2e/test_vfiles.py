@@ -54,7 +54,7 @@ def test_own_entries_a_line_each(two: Site, tool: Tool) -> None:
 def test_own_entries_a_null_byte_each(two: Site, tool: Tool) -> None:
     done = tool("vfiles", "-0", "web")
     entries = os.fsencode(done.stdout).split(b"\0")
-    assert sorted(entries) == [b"", b"./bin/link", b"./srv/" + ODD, b"./mnt"]
+    assert sorted(entries) == [b"", b"./bin/link", b"./mnt", b"./srv/" + ODD]
 
 
 def test_shared_entries(two: Site, tool: Tool) -> None:
@@ -107,7 +107,7 @@ def test_the_manifest_is_lines_of_json(two: Site, manifest: Path) -> None:
     records = [json.loads(line) for line in manifest.read_text().splitlines()]
     assert records[0] == {"format": 1, "guest": "web"}
     assert [record["folder"] for record in records if "folder" in record] == [
-        *("", "bin", "srv", "mnt"),
+        *("", "bin", "mnt", "srv"),
     ]
     assert [record["file"] for record in records if "file" in record] == ["bin/a", "bin/b"]
     assert records[-1] == {"end": 6}

@@ -18,6 +18,7 @@ from tests.fixtures.filesystems import Site, is_immutable, mount_image, private_
 from tests.fixtures.hostile import NAMES, deep_path, odd_tree
 from tests.fixtures.probes import need, on, scaled
 from tests.fixtures.runs import (
+    Stamp,
     find_faults,
     inodes,
     stamps,
@@ -68,7 +69,7 @@ def test_sockets_fifos_devices_and_symlinks_stay_as_they_are(site: Site, tool: T
     assert [_without(stamps(root), b"file") for root in guests] == unlinked
 
 
-def _without(found: dict[bytes, tuple[int, ...]], path: bytes) -> dict[bytes, tuple[int, ...]]:
+def _without(found: dict[bytes, Stamp], path: bytes) -> dict[bytes, Stamp]:
     """Less that file, and the folder whose ctime tells of it."""
     return {name: stamp for name, stamp in found.items() if name not in (path, b"")}
 
@@ -299,9 +300,9 @@ def test_only_descriptors_lead_below_a_guests_root(site: Site, tool: Tool) -> No
     except FileNotFoundError:
         pytest.skip("strace is not installed")
     guests = [site.add_guest(name, [File("a/b/file", _SAME)]) for name in ("web", "db")]
-    command = ["strace", "-f", "-qq", "-e", "trace=%file", "-o", trace]
-    vunify = Path(sys.executable).parent / "vunify"
-    subprocess.run([*command, vunify, "--all", "-q"], check=True, timeout=60)
+    command: list[str | Path] = ["strace", "-f", "-qq", "-e", "trace=%file", "-o", trace]
+    command += [Path(sys.executable).parent / "vunify", "--all", "-q"]
+    subprocess.run(command, check=True, timeout=60)
     lines = trace.read_text().splitlines()
     assert any(f'"{guests[0]}"' in line for line in lines)
     assert [line for line in lines if f"{guests[0]}/" in line or '"a/b/' in line] == []

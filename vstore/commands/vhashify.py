@@ -10,9 +10,9 @@ from vstore import cli
 from vstore.commands.vunify import Output, run
 from vstore.errors import WrongUsage
 from vstore.guest import Guest, load_guest, tree_guest
+from vstore.order import Options
 from vstore.plan import Rules
 from vstore.targets import choose_pool, open_campaign
-from vstore.unify import Options
 
 log = logging.getLogger(__name__)
 

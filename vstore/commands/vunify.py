@@ -15,13 +15,14 @@ import click
 from vstore import cli, reflink
 from vstore.errors import EXIT_PARTIAL, NoSpace
 from vstore.hold import Held
+from vstore.order import DEFAULT_MIN_SIZE, Options, UnifyResult
 from vstore.plan import Rules
 from vstore.pool import Pool
 from vstore.progress import SILENT, Progress
 from vstore.render import ProgressBar, show_name, show_size, show_table
 from vstore.targets import Campaign, choose_guests, choose_pool, open_campaign, open_shared
 from vstore.undo import UndoResult, list_shared_names, undo
-from vstore.unify import DEFAULT_MIN_SIZE, Options, UnifyResult, unify
+from vstore.unify import unify
 
 log = logging.getLogger(__name__)
 
