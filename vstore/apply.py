@@ -386,8 +386,12 @@ class Linker:
             if not inode.is_immutable(item.fd):
                 self._windows.freeze(item.fd)
             return True
-        with self._windows.thawed(item.fd):
-            self._pool.quarantine(item.name, "its content or metadata are not what its name says")
+        reason = "its content or metadata are not what its name says"
+        if inode.is_immutable(item.fd):
+            with self._windows.thawed(item.fd):
+                self._pool.quarantine(item.name, reason)
+        else:
+            self._pool.quarantine(item.name, reason)
         self._answer(item.slot.members, RETRY)
         return False
 

@@ -256,8 +256,6 @@ def test_an_exclude_list_that_is_none(site: Site, tool: Tool) -> None:
         ("--jobs", "0"),
         ("--time-budget", "-1"),
         ("--link", "symlink"),
-        ("--undo", "--dry-run"),
-        ("--undo", "--link", "reflink"),
     ],
 )
 def test_options_that_say_nothing(site: Site, tool: Tool, options: tuple[str, ...]) -> None:

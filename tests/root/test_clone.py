@@ -284,7 +284,7 @@ def test_an_interrupted_clone_leaves_nothing(site: Site, tool: Tool) -> None:
     ]
     site.add_guest("web", rows)
     unify(tool, "web")
-    command = [Path(sys.executable).parent / "vclone", "web", site.root("new")]
+    command: list[str | Path] = [Path(sys.executable).parent / "vclone", "web", site.root("new")]
     with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
         while not _leftovers(site):
             assert process.poll() is None
@@ -300,7 +300,7 @@ def test_killed_after_any_step_it_leaves_no_target_and_names_what_it_left(
     site: Site, tool: Tool
 ) -> None:
     rows: list[Row] = [File(f"lib/{number}", b"content %d" % number * 9) for number in range(2)]
-    more = [File("own", b"1" * 99), Link("own too", "own"), Folder("empty")]
+    more: list[Row] = [File("own", b"1" * 99), Link("own too", "own"), Folder("empty")]
     source = site.add_guest("web", [*rows, *more])
     site.add_guest("db", rows)
     unify(tool)

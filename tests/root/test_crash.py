@@ -1,4 +1,4 @@
-"""Death after any step leaves every name with its full content, and the next run puts the rest right."""
+"""Death after any step leaves every name its full content; the next run puts the rest right."""
 
 import errno
 import signal
@@ -16,7 +16,7 @@ from tests.fixtures.filesystems import KINDS, Site, is_immutable
 from tests.fixtures.probes import is_soak, need, on
 from tests.fixtures.running import IDLE, is_frozen, running
 from tests.fixtures.runs import find_faults, list_objects
-from tests.fixtures.stepper import Outcome, Scene, Step, command, run_traced
+from tests.fixtures.stepper import OnStep, Outcome, Scene, Step, command, run_traced
 from tests.fixtures.trees import File, Folder, Row, Snapshot, differences, snapshot
 from tests.fixtures.windows import enemy, wait_for, waits_in_lease
 from vstore.commands import vunify
@@ -91,7 +91,7 @@ class Stage:
         ]
         return Pair(self, names, roots, [snapshot(root) for root in roots])
 
-    def run(self, *arguments: str, on_step: Callable[[Step, Scene], None] | None = None) -> Outcome:
+    def run(self, *arguments: str, on_step: OnStep | None = None) -> Outcome:
         work = command(vunify.main, *arguments, "--jobs", "1", "-q")
         return run_traced(work, on_step) if on_step else run_traced(work)
 
@@ -103,7 +103,7 @@ class Pair:
     roots: list[Path]
     before: list[Snapshot]
 
-    def run(self, *arguments: str, on_step: Callable[[Step, Scene], None] | None = None) -> Outcome:
+    def run(self, *arguments: str, on_step: OnStep | None = None) -> Outcome:
         """vunify both guests; with --undo only the first, so that the other goes on sharing."""
         names = self.names[:1] if "--undo" in arguments else self.names
         return self.stage.run(*arguments, *names, on_step=on_step)

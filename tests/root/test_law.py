@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Final
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from tests.conftest import Tool
 from tests.fixtures.filesystems import Filesystem, Site, make_site, remove
 from tests.fixtures.hostile import NAMES
-from tests.fixtures.probes import need, scaled
+from tests.fixtures.probes import is_soak, need, scaled
 from tests.fixtures.runs import find_faults, undo, unify, unshared, write_list
 from tests.fixtures.trees import (
     EPOCH_NS,
@@ -213,7 +213,8 @@ def test_unify_changes_nothing_that_a_guest_sees_and_undo_gives_every_tree_back(
     @settings(
         max_examples=scaled(10, 500),
         deadline=None,
-        derandomize=scaled(1, 0) == 1,
+        derandomize=not is_soak(),
+        phases=tuple(Phase) if is_soak() else (Phase.generate,),  # shrinking takes minutes
         database=None,
         suppress_health_check=list(HealthCheck),
     )

@@ -1,4 +1,4 @@
-"""Power loss at any moment: what was durable stays, and no object has other content than its name says.
+"""Power loss at any moment: what was durable stays, and every object has its name's content.
 
 The file system under test lies in an image that is cloned while the command stands still before a
 call: that is what the disk holds at this moment. Before some clones the journal is made to commit,

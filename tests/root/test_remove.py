@@ -224,7 +224,7 @@ while True:
 @contextmanager
 def _swapping(one: Path, other: Path) -> Iterator[None]:
     """Two names change places all the time."""
-    command = [sys.executable, "-c", _SWAP, one, other]
+    command: list[str | bytes | Path] = [sys.executable, "-c", _SWAP, one, other]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None

@@ -316,6 +316,18 @@ def test_a_guest_that_another_program_holds_is_named_and_done_later(
     assert _same(before, snapshot(web), snapshot(db))
 
 
+@on("ext4")
+def test_an_equal_object_that_the_guest_has_no_link_to_is_used(site: Site, tool: Tool) -> None:
+    web, db = _add_unified(site, tool)
+    spoil(web / "lib/two")
+    for name in ("new", "newer"):
+        site.add_guest(name, _rows())
+    unify(tool, "new", "newer")  # takes the damaged object out of use and makes a good one
+    number = inode_of(site.root("new") / "lib/two")
+    assert _verify(tool, "--repair")["faults"][0]["repaired"]
+    assert inode_of(web / "lib/two") == inode_of(db / "lib/two") == number
+
+
 def test_unifying_never_gives_a_damaged_object_to_a_new_guest(site: Site, tool: Tool) -> None:
     web, db = _add_unified(site, tool)
     before = snapshot(web)
@@ -381,5 +393,6 @@ def test_killed_after_any_step_of_a_repair_nothing_gets_worse(site: Site, tool: 
             assert (root / "conf").stat().st_mtime_ns == EPOCH_NS
         assert _verify(tool)["faults"] == []
         assert is_immutable(web / "conf")
+        assert inode_of(web / "conf") == inode_of(db / "conf")
         assert tool("vpool", "reclaim").returncode == 0
         assert find_faults(site.pool) == []

@@ -41,7 +41,7 @@ def test_flags_are_written_by_the_window_and_by_what_cannot_clear_the_flag() -> 
     }
     assert found <= {
         "inode.py: put_flags",
-        "inode.py: put_project",
+        "inode.py: put_project_id",
         "inode.py: set_immutable",
         "window.py: _clear_immutable",
         "window.py: put_back",
