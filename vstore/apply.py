@@ -1,10 +1,9 @@
 """A worker's part of unifying: adopt objects, replace names by links. One bounded batch a call.
 
-A name is replaced by a link made in our own stage folder and renamed over it: the name points at
-full content at every moment, and nothing of ours ever stands in a guest's folder. Before that a
-read lease on the old inode proves that nobody writes to it, and everything that its digest was
-keyed by is compared again under the lease. All of this is done before the object's window opens;
-inside it there is nothing but link and rename.
+A name is replaced by a link made in our own stage folder and renamed over it: it points at full
+content at every moment, and nothing of ours ever stands in a guest's folder. Before the object's
+window opens a read lease on the old inode proves that nobody writes to it, and all that its digest
+was keyed by is compared under the lease; inside the window there is only link and rename.
 """
 
 import errno
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from vstore import extents, freezer, inode, reading
-from vstore.errors import NoSpace
+from vstore.errors import NoSpace, ToolError
 from vstore.member import Member
 from vstore.plan import KnownObject, Rules, Slot, plan_group, take_turns
 from vstore.pool import Pool, find_file_system
@@ -100,6 +99,8 @@ class Linker:
         self._folders: dict[int, int] = {}  # folder -> descriptor
         self._touched: set[int] = set()  # folders in which names were replaced
         self._is_running = False
+        self._sound: set[int] = set()  # inode numbers of objects that were read and are good
+        self._own: dict[int, int] = {}  # row -> bytes that its inode shares with no other
         self._moving: set[int] = set()  # trees whose guests run and do not stand still
 
     # --- the two kinds of batch ---
@@ -112,6 +113,7 @@ class Linker:
         Raises NoSpace.
         """
         self._begin(synced_ns)
+        self._examine_objects(slots)  # may take long: before any guest stands still
         with ExitStack() as stack:
             self._enter(folders, stack)
             self._link_slots(slots)
@@ -138,6 +140,7 @@ class Linker:
                 known = self._read_group([Member._make(member) for member in members])
                 found += known
                 slots += self._plan(known, objects, used)
+            self._examine_objects(slots)
             self._link_slots(slots)
         rows = [member[3] for members, _, _ in groups for member in members]
         answers = [(row, *self._answers.get(row, _CHANGED)) for row in rows]
@@ -162,7 +165,7 @@ class Linker:
             try:
                 fd = self._open_for_look(member)
                 status = reading.lease_unchanged(fd, member.key)
-                digest, xattrs = recognizer.read(fd, status, self._original)
+                digest, xattrs = recognizer.read(fd, status, self._original, self._windows.idle)
             except LeftAlone as reason:
                 self._answers[member.row] = (reason.outcome, 0, 0)
             except OSError as error:
@@ -281,6 +284,23 @@ class Linker:
 
     # --- carrying slots out ---
 
+    def _examine_objects(self, slots: Sequence[Slot]) -> None:
+        """Read the frozen objects that slots shall be linked to; note those that are sound.
+
+        No object that is frozen changes afterwards.
+        """
+        for slot in slots:
+            self._windows.idle()
+            if slot.identity.size > _LONGEST_READ:
+                self._windows.let_all_go()
+            with suppress(OSError):
+                fd = self._pool.open_object(slot.object_name)
+                try:
+                    if inode.is_immutable(fd) and is_sound(slot.object_name, fd):
+                        self._sound.add(os.fstat(fd).st_ino)
+                finally:
+                    os.close(fd)
+
     def _link_slots(self, slots: Sequence[Slot]) -> None:
         objects: list[_Object] = []
         numbers: set[int] = set()
@@ -363,6 +383,7 @@ class Linker:
             except OSError as error:
                 self._answers[member.row] = (_explain(error), 0, 0)
             else:
+                self._own[member.row] = self._count_own(member)
                 item.members.append(member)
 
     def _link_object(self, item: _Object) -> None:
@@ -374,15 +395,14 @@ class Linker:
                     self._link_members(item)
         except OSError as error:
             self._answer(item.slot.members, _explain(error))
+        except ToolError as error:  # an attack that could not be fended off: this object's trouble
+            self._answer(item.slot.members, error.message)
 
     def _is_good(self, item: _Object) -> bool:
-        """Whether the object still is what its name says: a bad one is given to nobody further.
-
-        One that was left thawed is frozen again if it is good.
-        """
+        """Whether the object is what its name says; a good one that was left thawed is frozen."""
         if not item.members:
             return False
-        if is_sound(item.name, item.fd):
+        if item.ino in self._sound or is_sound(item.name, item.fd):
             if not inode.is_immutable(item.fd):
                 self._windows.freeze(item.fd)
             return True
@@ -437,7 +457,6 @@ class Linker:
 
     def _link_members(self, item: _Object) -> None:
         for position, member in enumerate(item.members):
-            freed = self._count_own(member)
             try:
                 self._touched.add(member.folder)
                 self._replace(self._folders[member.folder], member.name, item.name)
@@ -447,7 +466,7 @@ class Linker:
                     return
                 self._answers[member.row] = (_explain(error), 0, 0)
             else:
-                self._answers[member.row] = (UNIFIED, item.ino, freed)
+                self._answers[member.row] = (UNIFIED, item.ino, self._own[member.row])
 
     def _count_own(self, member: Member) -> int:
         """The bytes that the member's inode shares with no other, where inodes can share blocks."""

@@ -31,6 +31,7 @@ class Hand:
     ) -> None:
         """Make it able to link."""
         self._windows = windows
+        self._reader.tick = windows.idle
         self._linker = apply.Linker(
             pool, self._trees, cgroups, windows, stage_fd, self._original, rules
         )

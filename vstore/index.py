@@ -103,10 +103,16 @@ def store_digests(database: sqlite3.Connection, rows: Iterable[DigestRow]) -> No
     A failure costs the next run time, and is logged.
     """
     try:
-        with database:
+        database.execute("BEGIN IMMEDIATE")
+        try:
             database.executemany(
                 "INSERT OR REPLACE INTO idx.digests VALUES (?, ?, ?, ?, ?, ?, ?)", rows
             )
+            database.execute("COMMIT")
+        except sqlite3.Error:
+            with suppress(sqlite3.Error):
+                database.execute("ROLLBACK")
+            raise
     except sqlite3.Error as error:
         log.warning("digests could not be kept for the next run: %s", error)
 

@@ -7,7 +7,7 @@ compared when the file is opened for linking.
 import errno
 import os
 import time
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any, Final
 
 from blake3 import blake3
@@ -66,13 +66,25 @@ def lease_unchanged(fd: int, key: tuple[int, int, int, int]) -> os.stat_result:
     return status
 
 
-def read_content(fd: int, status: os.stat_result, original: Container[int]) -> tuple[bytes, bytes]:
+def read_content(
+    fd: int,
+    status: os.stat_result,
+    original: Container[int],
+    tick: Callable[[], object] | None = None,
+) -> tuple[bytes, bytes]:
     """The digests of content and xattrs of the leased file behind `fd`.
 
-    `original`: inodes of the original's pools, which may be immutable. Raises LeftAlone, OSError.
+    `original`: inodes of the original's pools, which may be immutable. `tick` is called every some
+    MiB. Raises LeftAlone, OSError.
     """
     check_flags(fd, status, original)
-    digest = digest_content(fd, status, wanted=lambda: lease.is_unbroken(fd))
+
+    def is_wanted() -> bool:
+        if tick is not None:
+            tick()
+        return lease.is_unbroken(fd)
+
+    digest = digest_content(fd, status, wanted=is_wanted)
     return digest, _finish(fd)
 
 
@@ -86,11 +98,15 @@ class Recognizer:
         self._met: list[tuple[bytes, bytes]] = []
 
     def read(
-        self, fd: int, status: os.stat_result, original: Container[int]
+        self,
+        fd: int,
+        status: os.stat_result,
+        original: Container[int],
+        tick: Callable[[], object] | None = None,
     ) -> tuple[bytes, bytes]:
         """As `read_content`."""
         if status.st_size >= SMALL:
-            return read_content(fd, status, original)
+            return read_content(fd, status, original, tick)
         check_flags(fd, status, original)
         content = os.pread(fd, status.st_size, 0)
         for known, digest in self._met:
@@ -138,6 +154,8 @@ class Reader:
     def __init__(self, trees: Sequence[Tree], original: Container[int]) -> None:
         self._trees = trees
         self._original = original
+        self.tick: Callable[[], object] | None = None
+        """Called now and then while files are read."""
 
     def read(self, files: Sequence[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
         """For each (tree, folder path, name, key) its (outcome, digest, xattrs digest, fresh)."""
@@ -147,6 +165,8 @@ class Reader:
         folder_fd = -1
         try:
             for tree, path, name, key in files:
+                if self.tick is not None:
+                    self.tick()
                 if folder != (tree, path):
                     if folder_fd >= 0:
                         os.close(folder_fd)
@@ -170,7 +190,8 @@ class Reader:
             fd = open_for_look(folder_fd, name)
             try:
                 status = lease_unchanged(fd, key)
-                return (READ, *read_content(fd, status, self._original), is_fresh(key[3], began))
+                content = read_content(fd, status, self._original, self.tick)
+                return (READ, *content, is_fresh(key[3], began))
             finally:
                 os.close(fd)
         except LeftAlone as reason:

@@ -12,28 +12,18 @@ import stat
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
-from typing import Final
 
 from vstore import inode, scan
-from vstore.descent import Barred, Descent, Entered, Left
 from vstore.errors import PoolBusy, WrongUsage
 from vstore.guest import Guest, confdir, rundir, vdirbase
 from vstore.hold import hold_guests
 from vstore.hostpath import HostPath, describe_kind, open_parent
-from vstore.pool import InodeNumbers, Pool
+from vstore.pool import Pool
 from vstore.progress import SILENT, Progress
 from vstore.quarantine import load_quarantined
+from vstore.remover import NOT_EMPTY, Remover, explain
 from vstore.undo import guarded_worker
-from vstore.window import Windows
-
-_OBJECTS_A_BATCH: Final = 150
-_NAMES_A_BATCH: Final = 1000
-_NOT_REMOVED: Final = frozenset((errno.ENOTEMPTY, errno.EEXIST))
-
-Answer = tuple[int, int, list[tuple[bytes, str]]]
-"""Names deleted, those of objects among them, errors (path, reason): since the answer before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +103,10 @@ def _jobs(trees: Sequence[Tree], done: set[Tree]) -> Iterator[tuple[int, Tree]]:
 
 
 def _remove_top(tree: Tree, result: RemoveResult) -> None:
-    now = os.stat(tree.name, dir_fd=tree.parent_fd, follow_symlinks=False)
+    try:
+        now = os.stat(tree.name, dir_fd=tree.parent_fd, follow_symlinks=False)
+    except FileNotFoundError:
+        return  # it was part of another one
     if not os.path.samestat(now, os.fstat(tree.fd)):
         result.errors.append((tree.path, "another file has taken its place"))
         return
@@ -121,8 +114,8 @@ def _remove_top(tree: Tree, result: RemoveResult) -> None:
         os.rmdir(tree.name, dir_fd=tree.parent_fd)
         result.names += 1
     except OSError as error:
-        if not (result.errors and error.errno in _NOT_REMOVED):
-            result.errors.append((tree.path, _explain(error)))
+        if not (result.errors and error.errno in NOT_EMPTY):
+            result.errors.append((tree.path, explain(error)))
 
 
 # --- which trees may go
@@ -228,160 +221,3 @@ def _concerned(trees: Sequence[Tree], guests: Sequence[Guest]) -> Iterator[Guest
             _is_within(guest.root, tree.fd) for tree in trees
         ):
             yield guest
-
-
-# --- the worker's side
-
-
-@dataclass(slots=True)
-class _Shared:
-    """An object and its names in a batch, each (its folder's descriptor, name, path)."""
-
-    fd: int
-    names: list[tuple[int, bytes, bytes]] = field(default_factory=list)
-
-
-class Remover:
-    """Deletes what is below a folder; a holder of windows for `guarded_worker`.
-
-    `frozen` are the inode numbers of all objects, and of those in quarantine.
-    """
-
-    def __init__(
-        self, pool: Pool, windows: Windows, frozen: tuple[InodeNumbers, frozenset[int]]
-    ) -> None:
-        self._windows = windows
-        self._pool_ino = os.fstat(pool.fd).st_ino
-        self._objects, self._quarantined = frozen
-        self._runs: dict[int, Iterator[Answer]] = {}
-        self._folders: list[int] = []
-        self._batch: list[tuple[int, bytes, bytes]] = []
-        self._names = 0
-        self._shared = 0
-        self._errors: list[tuple[bytes, str]] = []
-
-    def serve(self, root_fd: int) -> Iterator[Answer | None]:
-        """Go on deleting all below `root_fd`, for a while; yields None at the end."""
-        if root_fd not in self._runs:
-            names, folders = self._take_names_off(root_fd), self._remove_folders(root_fd)
-            self._runs[root_fd] = chain(names, folders)
-        yield next(self._runs[root_fd], None)
-
-    def _take_names_off(self, root_fd: int) -> Iterator[Answer]:
-        descent = Descent(root_fd, barred_ino=self._pool_ino)
-        for step in descent.steps():
-            if isinstance(step, Entered):
-                own_fd = -1
-                for entry in step.entries:
-                    number = entry.inode()
-                    name = os.fsencode(entry.name)
-                    if number not in self._objects and number not in self._quarantined:
-                        self._unlink(step.fd, name, descent)
-                        continue
-                    if own_fd < 0:
-                        own_fd = self._keep_open(step.fd)
-                    self._batch.append((own_fd, name, descent.path(name)))
-                    if len(self._batch) >= _OBJECTS_A_BATCH:
-                        yield self._flush()
-                        own_fd = -1
-            elif isinstance(step, Barred):
-                self._note_barred(descent.path(step.name), step.error)
-            if self._names >= _NAMES_A_BATCH:
-                yield self._flush()
-        self._errors += descent.errors
-        yield self._flush()
-
-    def _keep_open(self, folder_fd: int) -> int:
-        self._folders.append(os.dup(folder_fd))
-        return self._folders[-1]
-
-    def _unlink(self, folder_fd: int, name: bytes, descent: Descent) -> None:
-        try:
-            os.unlink(name, dir_fd=folder_fd)
-            self._names += 1
-        except FileNotFoundError:
-            pass
-        except OSError as error:
-            self._errors.append((descent.path(name), _explain(error)))
-
-    def _note_barred(self, path: bytes, error: OSError) -> None:
-        if error.errno == errno.EXDEV:
-            self._errors.append((path, "another file system is mounted there, or a subvolume"))
-        elif error.errno != errno.ENOENT:
-            self._errors.append((path, f"cannot be entered: {error.strerror}"))
-
-    def _flush(self) -> Answer:
-        """Take the names of the batch off, in one window for each object."""
-        objects = self._open_objects()
-        with self._windows.guard([item.fd for item in objects]) as refused:
-            for item in objects:
-                self._take_off(item, is_refused=item.fd in refused)
-        for fd in self._folders:
-            os.close(fd)
-        answer = self._names, self._shared, self._errors
-        self._folders, self._batch, self._errors = [], [], []
-        self._names = self._shared = 0
-        return answer
-
-    def _open_objects(self) -> list[_Shared]:
-        found: dict[int, _Shared] = {}
-        for folder_fd, name, path in self._batch:
-            try:
-                fd = os.open(name, inode.OPEN_TO_READ, dir_fd=folder_fd)
-            except FileNotFoundError:
-                continue
-            except OSError as error:
-                self._errors.append((path, f"cannot be opened: {error.strerror}"))
-                continue
-            number = os.fstat(fd).st_ino
-            if number in found:
-                os.close(fd)
-            else:
-                found[number] = _Shared(fd)
-            found[number].names.append((folder_fd, name, path))
-        return list(found.values())
-
-    def _take_off(self, item: _Shared, *, is_refused: bool) -> None:
-        try:
-            if not inode.is_immutable(item.fd):
-                self._unlink_all(item)
-            elif is_refused:
-                reason = "somebody has the shared file open for writing"
-                self._errors += [(path, reason) for _, _, path in item.names]
-            else:
-                with self._windows.thawed(item.fd):
-                    self._unlink_all(item)
-        except OSError as error:
-            self._errors += [(path, _explain(error)) for _, _, path in item.names]
-
-    def _unlink_all(self, item: _Shared) -> None:
-        for folder_fd, name, path in item.names:
-            try:
-                os.unlink(name, dir_fd=folder_fd)
-            except FileNotFoundError:
-                continue
-            except OSError as error:
-                self._errors.append((path, _explain(error)))
-            else:
-                self._names += 1
-                self._shared += 1
-
-    def _remove_folders(self, root_fd: int) -> Iterator[Answer]:
-        descent = Descent(root_fd, barred_ino=self._pool_ino)
-        for step in descent.steps():
-            if isinstance(step, Left) and step.fd >= 0:
-                try:
-                    os.rmdir(step.name, dir_fd=step.fd)
-                    self._names += 1
-                except OSError as error:
-                    if error.errno not in _NOT_REMOVED:
-                        self._errors.append((descent.path(step.name), _explain(error)))
-            if self._names >= _NAMES_A_BATCH:
-                yield self._flush()
-        yield self._flush()
-
-
-def _explain(error: OSError) -> str:
-    if error.errno == errno.EPERM:
-        return "is immutable or append-only, or its folder is, and no object: see setattr, lsattr"
-    return f"cannot be deleted: {error.strerror}"

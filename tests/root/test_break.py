@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Tool
-from tests.fixtures.death import run_killed, spoil, turns
+from tests.fixtures.death import run_killed, run_watched, spoil, turns
 from tests.fixtures.filesystems import Site, is_immutable
 from tests.fixtures.hostile import NAMES, odd_tree
 from tests.fixtures.probes import is_soak, need, on
-from tests.fixtures.running import BUSY, FreezeWatch, is_frozen, running
+from tests.fixtures.running import BUSY, is_frozen, running
 from tests.fixtures.runs import find_faults, inode_of, list_objects, stamps, unify
 from tests.fixtures.trees import (
     EPOCH_NS,
@@ -184,11 +184,12 @@ def test_in_a_running_guest_it_is_done_while_that_is_frozen(
 ) -> None:
     web, db = _add_unified(site, tool)
     before = snapshot(web)
-    with running(site, "web", cgroup, BUSY) as guest, FreezeWatch(cgroup) as watch:
-        _break(tool, web / "etc/conf", web / "etc/other", web / "bin/ping")
-        assert guest.poll() is None
+    paths = [web / path for path in ("etc/conf", "etc/other", "bin/ping")]
+    with running(site, "web", cgroup, BUSY) as guest:
+        done = run_watched(cgroup, vpool.main, "break", *paths)
+        assert (done.code, guest.poll()) == (0, None), done.output
         assert not is_frozen(cgroup)
-    assert watch.times >= 1
+    assert done.notes == ["frozen"] * 3
     assert differences(before, snapshot(web)) == []
     assert inode_of(web / "etc/conf") != inode_of(db / "etc/conf")
     assert find_faults(site.pool) == []

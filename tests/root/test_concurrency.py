@@ -12,12 +12,13 @@ from time import monotonic, sleep
 import pytest
 
 from tests.conftest import Tool
-from tests.fixtures.filesystems import Site, is_immutable
+from tests.fixtures.filesystems import KINDS, Site, is_immutable
 from tests.fixtures.probes import is_soak, need, on, scaled
-from tests.fixtures.runs import find_faults, list_objects, unify, unshared
+from tests.fixtures.running import IDLE, hear, running, say
+from tests.fixtures.runs import SETTLED_S, find_faults, list_objects, unify, unshared
 from tests.fixtures.stepper import Scene, Step, command, run_traced
 from tests.fixtures.trees import File, Row, Snapshot, differences, snapshot
-from tests.fixtures.windows import fork, shared_file, wait_for
+from tests.fixtures.windows import fork, guest_cgroup, shared_file, wait_for
 from vstore.commands import vunify
 from vstore.pool import Pool
 
@@ -202,6 +203,44 @@ def _leave_intent(pool: Path, number: int) -> None:
     folder.joinpath("intent-00000000-0-0").symlink_to(str(number))
 
 
+# --- guests that run ---
+
+_CLOCK = """
+import os, sys, time, threading
+longest, last = 0.0, time.monotonic()
+def stop():
+    sys.stdin.readline()
+    print(longest, flush=True)
+    os._exit(0)
+threading.Thread(target=stop).start()
+print("ready", flush=True)
+while True:
+    time.sleep(0.001)
+    now = time.monotonic()
+    longest, last = max(longest, now - last), now
+"""
+
+
+@on("ext4")
+@need("cgroup_freezer")
+def test_a_running_guest_stands_still_for_moments_only(
+    site: Site, cgroup: Path, tool: Tool
+) -> None:
+    large = File("usr/large", b"x" * 5000, size=4 << 30)
+    for name in ("web", "db"):
+        site.add_guest(name, [large, *_rows(300)])
+    unify(tool)
+    site.add_guest("mail", [large, *_rows(300)])
+    sleep(SETTLED_S)
+    with running(site, "mail", cgroup, _CLOCK) as guest:
+        assert hear(guest) == "ready"
+        report = unify(tool, "mail")
+        say(guest, "stop")
+        longest_s = float(hear(guest))
+    assert report.unified == 301
+    assert longest_s < 0.5
+
+
 # --- turns ---
 
 
@@ -303,3 +342,89 @@ def _come_and_go(site: Site, until: float) -> Callable[[], int]:
         return 0
 
     return work
+
+
+# --- a hostile guest beside all that ---
+
+_ENEMY = """
+import os, sys
+root, cgroup = sys.argv[1:]
+paths = [os.path.join(top, name) for top, _, names in os.walk(root) for name in names]
+deeds = [
+    lambda path: os.pwrite(os.open(path, os.O_RDWR), b"attack", 0),
+    lambda path: os.pwrite(os.open(path, os.O_WRONLY | os.O_NONBLOCK), b"attack", 0),
+    lambda path: os.truncate(path, 1),
+    lambda path: os.chmod(path, 0o4777),
+    lambda path: os.chown(path, 1, 1),
+    lambda path: os.utime(path, (1, 1)),
+    lambda path: os.setxattr(path, "user.enemy", b"1"),
+    lambda path: os.link(path, path + "-more"),
+    lambda path: os.rename(path, path),
+]
+while True:
+    child = os.fork()
+    if child:
+        os.waitpid(child, 0)
+        continue
+    with open(cgroup + "/cgroup.procs", "w") as group:
+        group.write(str(os.getpid()))
+    while True:
+        for deed in deeds:
+            for path in paths:
+                try:
+                    deed(path)
+                except OSError:
+                    pass
+"""
+
+
+@on(*(KINDS if is_soak() else KINDS[:1]))
+@need("cgroup_freezer")
+@pytest.mark.timeout(900 if is_soak() else 60)
+def test_enemies_in_a_running_guest_never_change_its_sibling(site: Site, cgroup: Path) -> None:
+    for name in ("web", "db"):
+        site.add_guest(name, _rows(12))
+    _finish(_start("vunify", "-q", "web", "db"))
+    before = [snapshot(site.root("db"))]
+    group = guest_cgroup(cgroup)
+    until = monotonic() + scaled(5, 200)
+    with running(site, "web", group, IDLE), _enemies(site.root("web"), group):
+        turn = 0
+        while monotonic() < until:
+            turn += 1
+            before.append(snapshot(site.add_guest(f"new{turn}", _rows(12))))
+            _finish(_start("vunify", "-q", f"new{turn}"))
+            if turn % 2:
+                _finish(_start("vunify", "-q", "--undo", f"new{turn}"))
+    assert turn >= 1
+    _finish(_start("vunify", "-q", "db"))
+    _assert_sound(site, ("db", *(f"new{number}" for number in range(1, turn + 1))), before)
+
+
+@contextmanager
+def _enemies(root: Path, group: Path) -> Iterator[None]:
+    """Two loops outside the guest's group, each of which has one process in it do its worst; who is
+    killed has a successor.
+    """
+    outside = group.parent.parent / "loops"
+    outside.mkdir()
+    loops = [_start_enemy(root, group, outside) for _ in range(2)]
+    try:
+        yield
+    finally:
+        for killed in (outside, group):  # no loop, no successor
+            (killed / "cgroup.kill").write_text("1")
+        for loop in loops:
+            loop.wait()
+
+
+def _start_enemy(root: Path, group: Path, outside: Path) -> subprocess.Popen[str]:
+    program = f"input()\n{_ENEMY}"
+    loop = subprocess.Popen(
+        [sys.executable, "-c", program, root, group], stdin=subprocess.PIPE, text=True
+    )
+    (outside / "cgroup.procs").write_text(str(loop.pid))
+    say(loop, "go")
+    assert loop.stdin is not None
+    loop.stdin.close()
+    return loop

@@ -39,18 +39,31 @@ from tests.fixtures.trees import (
 
 pytestmark = need("immutable", "lease")
 
-_CONTENTS: Final = (
-    b"",
-    b"fifteen bytes..",
-    b"sixteen bytes...",
-    b"sixteen bytes..x",
-    b"a" * 4096,
-    b"a" * 4095 + b"b",
-    b"b" + b"a" * 4095,
-    b"a" * 4097,
-    bytes(4096),
-    bytes(100_000),
-    b"c" * 70_000,
+
+class _Content(bytes):
+    """Bytes that are shown short, as hypothesis asks for."""
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} bytes, {self[:3]!r} to {self[-3:]!r}>"
+
+
+_CONTENTS: Final = tuple(
+    map(
+        _Content,
+        (
+            b"",
+            b"fifteen bytes..",
+            b"sixteen bytes...",
+            b"sixteen bytes..x",
+            b"a" * 4096,
+            b"a" * 4095 + b"b",
+            b"b" + b"a" * 4095,
+            b"a" * 4097,
+            bytes(4096),
+            bytes(100_000),
+            b"c" * 70_000,
+        ),
+    )
 )
 _HOLES: Final = ((0, None), (0, 200_000), (4096, None), (65_536, 300_000), (1, None))
 _MTIMES: Final = (
@@ -68,7 +81,7 @@ _XATTRS: Final[Sequence[dict[str, bytes]]] = (
     {},
     {},
     {"user.a": b"1"},
-    {"user.a": b"2", "user.b": bytes(1000)},
+    {"user.a": b"2", "user.b": _Content(bytes(1000))},
     {"system.posix_acl_access": acl(owner=6, group=4, other=4, users={1000: 6})},
     {"security.capability": capability(13)},
     {"trusted.a": b"\xff\0"},
@@ -114,7 +127,7 @@ _others: st.SearchStrategy[Row] = st.one_of(
     st.builds(
         lambda path, kind: Special(path, kind),
         _path,
-        st.sampled_from((stat.S_IFIFO, stat.S_IFCHR, stat.S_IFSOCK)),
+        st.sampled_from((stat.S_IFIFO, stat.S_IFCHR)),
     ),
     st.builds(
         lambda path, mode, mtime: Folder(path, mode=mode, mtime_ns=mtime),

@@ -85,6 +85,13 @@ def test_a_part_of_a_tree_is_deleted(site: Site, tool: Tool) -> None:
 
 
 @on("ext4")
+def test_a_tree_can_be_named_twice_and_with_a_part_of_it(site: Site, tool: Tool) -> None:
+    root, _ = _add_unified(site, tool, "web", "db")
+    _remove(tool, root, root, root / "etc")
+    assert not root.exists()
+
+
+@on("ext4")
 def test_many_names_of_one_object_are_deleted(site: Site, tool: Tool) -> None:
     rows = [File(f"{number % 9}/{number}", b"all the same" * 9) for number in range(400)]
     roots = [site.add_guest(name, rows) for name in ("web", "db")]

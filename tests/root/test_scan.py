@@ -347,3 +347,14 @@ while True:
             assert done.returncode in (0, 20), done.stderr
             assert "Traceback" not in done.stderr
     assert find_faults(site.pool) == []
+
+
+@on("ext4")
+def test_each_file_in_a_folder_of_its_own_needs_no_more_descriptors_than_there_are(
+    site: Site, tool: Tool
+) -> None:
+    rows: list[Row] = [File(f"{number}/file", b"%020d" % number) for number in range(1_500)]
+    for name in ("web", "db"):
+        site.add_guest(name, rows)
+    assert unify(tool).unified == 3_000
+    assert find_faults(site.pool) == []

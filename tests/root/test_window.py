@@ -17,7 +17,7 @@ from tests.fixtures.hostile import writer
 from tests.fixtures.probes import need, on, scaled
 from tests.fixtures.runs import find_faults
 from tests.fixtures.stepper import Scene, Step, command, run_traced
-from tests.fixtures.trees import EPOCH_NS, File, acl, differences, snapshot
+from tests.fixtures.trees import acl, differences, snapshot
 from tests.fixtures.windows import (
     WAYS_IN,
     Doorman,
@@ -32,11 +32,11 @@ from tests.fixtures.windows import (
     wait_for,
     waits_in_lease,
 )
-from vstore import lease, window
+from vstore import lease
 from vstore.commands import vunify
-from vstore.errors import NotPermitted, PoolBusy
+from vstore.errors import PoolBusy
 from vstore.recovery import settle_stage
-from vstore.window import Windows, thaw_private
+from vstore.window import Windows
 from vstore.workers import Crew, Worker, WorkerDied
 
 pytestmark = need("immutable", "lease")
@@ -80,6 +80,8 @@ def _notes_of(number: int) -> Callable[[Step, Scene], None]:
 
     def note(step: Step, scene: Scene) -> None:
         said = _describe(step, number)
+        if not said and "thaw" in scene.notes and "freeze" not in scene.notes:
+            said = f"{step.call} inside the window"
         if said == "lock" or (said and scene.notes and "unlock" not in scene.notes):
             scene.notes.append(said)
 
@@ -222,7 +224,7 @@ def test_a_crowd_of_writers_is_turned_away_within_seconds(shared: Shared) -> Non
             took_s = monotonic() - began
             codes = {os.waitstatus_to_exitcode(_wait_status(pid)) for pid in pids}
         assert codes == {1}, "an open for writing went through"
-        assert took_s < 0.001 * count + 0.5
+        assert took_s < 10, "the kernel breaks a lease by force after 45 s"
     assert shared.is_untouched()
 
 
@@ -334,82 +336,6 @@ def test_who_changes_metadata_all_the_time_does_not_keep_a_window_open(shared: S
             loop.kill()
             loop.wait()
     assert stat.S_IMODE(shared.object.stat().st_mode) == 0o644
-
-
-# --- leases that outlive their window ---
-
-
-@_one
-def test_a_lease_lingers_for_those_who_come_late(shared: Shared) -> None:
-    with own_windows(shared.pool, linger_s=0.3) as (windows, _, _):
-        fd = shared.open()
-        began = monotonic()
-        with windows.guard([fd]), windows.thawed(fd):
-            pass
-        assert leases_on(shared.number) == 1
-        windows.close()
-        assert monotonic() - began >= 0.3
-        assert leases_on(shared.number) == 0
-
-
-@_one
-def test_who_waits_in_a_lingering_lease_is_turned_away_at_its_end(shared: Shared) -> None:
-    with enemy(shared.web) as process, own_windows(shared.pool, linger_s=0.1) as (windows, _, _):
-        fd = shared.open()
-        with windows.guard([fd]), windows.thawed(fd):
-            subprocess.run(["chattr", "+i", shared.object], check=True)
-        # Somebody who passed the check of the flag long ago arrives at the lease only now.
-        subprocess.run(["chattr", "-i", shared.object], check=True)
-        wait_for(lambda: waits_in_lease(process.pid))
-        subprocess.run(["chattr", "+i", shared.object], check=True)
-        windows.close()
-        sleep(0.02)
-        assert process.poll() is None
-    assert shared.is_untouched()
-
-
-@_one
-def test_who_arrives_at_the_lease_after_the_freeze_does_not_get_through_at_its_end(
-    site: Site,
-) -> None:
-    with shared_file(site) as shared, enemy(shared.web) as process:
-        with own_windows(shared.pool) as (windows, _, _):
-            fd = shared.open()
-            with windows.guard([fd]):
-                with windows.thawed(fd):
-                    pass
-                # As above, between the freeze and the end of a batch that holds many leases.
-                subprocess.run(["chattr", "-i", shared.object], check=True)
-                wait_for(lambda: waits_in_lease(process.pid))
-                subprocess.run(["chattr", "+i", shared.object], check=True)
-        sleep(0.02)
-        assert process.poll() is None
-        assert shared.is_untouched()
-
-
-@_one
-def test_the_queue_of_lingering_leases_is_bounded_and_never_cut_short(site: Site) -> None:
-    linger_s = 0.4
-    began: dict[int, float] = {}
-    with shared_file(site, "0") as first:
-        numbers = [first.number]
-        for number in range(1, 150):
-            with shared_file(site, str(number), b"%d" % number * 20) as more:
-                numbers.append(more.number)
-        paths = [site.root("web") / str(number) for number in range(150)]
-        with own_windows(first.pool, linger_s=linger_s) as (windows, keeper, _):
-            for turn in range(6):
-                fds = [os.open(path, os.O_RDONLY) for path in paths]
-                with windows.guard(fds) as refused:
-                    assert not refused
-                    began[turn] = monotonic()
-                keeper.drain()
-                held = sum(len(group) for _, _, group in windows._lingering)
-                assert held <= window._LINGER_LIMIT + len(paths)
-            windows.close()
-            # Six batches of 150 are more than the queue takes at a time, so the last ones waited.
-            assert monotonic() - began[0] >= 2 * linger_s
-        assert [leases_on(number) for number in numbers[:5]] == [0] * 5
 
 
 # --- SIGKILL of the holder or of the keeper ---
@@ -570,23 +496,3 @@ def test_a_signal_from_the_terminal_or_the_service_manager_does_not_end_a_window
         go_on.send(b"!")
         assert list(answers) == []
     assert find_faults(shared.pool.path) == []
-
-
-# --- the flag of a private file ---
-
-
-def test_the_flag_of_a_shared_inode_is_not_lifted_outside_a_window(shared: Shared) -> None:
-    fd = shared.open()
-    with pytest.raises(NotPermitted):
-        thaw_private(fd)
-    assert is_immutable(shared.object)
-    os.close(fd)
-
-
-def test_the_flag_of_a_private_file_can_be_lifted(site: Site) -> None:
-    path = site.add_guest("web", [File("conf", b"private")]) / "conf"
-    subprocess.run(["chattr", "+i", path], check=True)
-    with path.open("rb") as file:
-        thaw_private(file.fileno())
-    assert not is_immutable(path)
-    assert path.stat().st_mtime_ns == EPOCH_NS
