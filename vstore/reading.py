@@ -58,6 +58,8 @@ def open_for_look(folder_fd: int, name: bytes) -> int:
 
 def lease_unchanged(fd: int, key: tuple[int, int, int, int]) -> os.stat_result:
     """Take a lease on the file behind `fd`, which must still have `key`. Raises LeftAlone."""
+    if os.fstat(fd).st_ino != key[0]:
+        raise LeftAlone(CHANGED)  # perhaps no file at all, which has no leases
     if not lease.take(fd):
         raise LeftAlone(BUSY)
     status = os.fstat(fd)

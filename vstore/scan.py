@@ -179,7 +179,7 @@ class _Walk:
         with os.scandir(fd) as entries:
             for entry in entries:
                 self._seen += 1
-                if (number := entry.inode()) in shared:
+                if (number := entry.inode()) in shared and not entry.is_dir(follow_symlinks=False):
                     met.append(number)
                     if self._tree.names_shared:
                         self._part.named.append((path, os.fsencode(entry.name), number))

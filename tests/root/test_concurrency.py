@@ -4,7 +4,7 @@ import fcntl
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from time import monotonic, sleep
@@ -17,12 +17,15 @@ from tests.fixtures.probes import is_soak, need, on, scaled
 from tests.fixtures.running import IDLE, hear, running, say
 from tests.fixtures.runs import SETTLED_S, find_faults, list_objects, unify, unshared
 from tests.fixtures.stepper import Scene, Step, command, run_traced
-from tests.fixtures.trees import File, Row, Snapshot, differences, snapshot
+from tests.fixtures.trees import MAY_DIFFER, File, Row, Snapshot, differences, snapshot
 from tests.fixtures.windows import fork, guest_cgroup, shared_file, wait_for
 from vstore.commands import vunify
 from vstore.pool import Pool
 
 pytestmark = need("immutable", "lease")
+
+
+_PARTIAL = 20  # some files could not be done
 
 
 def _rows(count: int, tag: str = "common") -> list[Row]:
@@ -42,18 +45,24 @@ def _start(name: str, *arguments: str | Path) -> subprocess.Popen[str]:
     )
 
 
-def _finish(process: subprocess.Popen[str], *, timeout_s: float = 60) -> str:
-    """What it printed; it must end well."""
-    output, errors = process.communicate(timeout=timeout_s)
-    assert process.returncode == 0, errors
+def _finish(process: subprocess.Popen[str], *codes: int) -> str:
+    """What it printed; it must end well, or with one of these exit codes."""
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode in (0, *codes), errors
     assert "Traceback" not in errors
     return output
 
 
-def _assert_sound(site: Site, names: Sequence[str], before: Sequence[Snapshot]) -> list[Snapshot]:
+def _assert_sound(
+    site: Site,
+    names: Sequence[str],
+    before: Sequence[Snapshot],
+    *,
+    ignoring: Collection[str] = MAY_DIFFER,
+) -> list[Snapshot]:
     after = [snapshot(site.root(name)) for name in names]
     for name, old, new in zip(names, before, after, strict=True):
-        assert differences(old, new) == [], name
+        assert differences(old, new, ignoring=ignoring) == [], name
     assert find_faults(site.pool) == []
     return after
 
@@ -350,9 +359,11 @@ _ENEMY = """
 import os, sys
 root, cgroup = sys.argv[1:]
 paths = [os.path.join(top, name) for top, _, names in os.walk(root) for name in names]
+got = []
 deeds = [
-    lambda path: os.pwrite(os.open(path, os.O_RDWR), b"attack", 0),
-    lambda path: os.pwrite(os.open(path, os.O_WRONLY | os.O_NONBLOCK), b"attack", 0),
+    lambda path: got.append(os.open(path, os.O_RDWR)),
+    lambda path: got.append(os.open(path, os.O_WRONLY | os.O_NONBLOCK)),
+    lambda path: [os.pwrite(file_fd, b"attack", 0) for file_fd in got],
     lambda path: os.truncate(path, 1),
     lambda path: os.chmod(path, 0o4777),
     lambda path: os.chown(path, 1, 1),
@@ -378,7 +389,7 @@ while True:
 """
 
 
-@on(*(KINDS if is_soak() else KINDS[:1]))
+@on(*(KINDS if is_soak() else KINDS[1:2]))
 @need("cgroup_freezer")
 @pytest.mark.timeout(900 if is_soak() else 60)
 def test_enemies_in_a_running_guest_never_change_its_sibling(site: Site, cgroup: Path) -> None:
@@ -387,18 +398,28 @@ def test_enemies_in_a_running_guest_never_change_its_sibling(site: Site, cgroup:
     _finish(_start("vunify", "-q", "web", "db"))
     before = [snapshot(site.root("db"))]
     group = guest_cgroup(cgroup)
-    until = monotonic() + scaled(5, 200)
+    until = monotonic() + scaled(3, 200)
     with running(site, "web", group, IDLE), _enemies(site.root("web"), group):
         turn = 0
         while monotonic() < until:
             turn += 1
-            before.append(snapshot(site.add_guest(f"new{turn}", _rows(12))))
-            _finish(_start("vunify", "-q", f"new{turn}"))
+            before.append(snapshot(site.add_guest(f"new{turn}", _twins(12, 60))))
+            _finish(_start("vunify", "-q", "--link-twins", f"new{turn}"), _PARTIAL)
             if turn % 2:
-                _finish(_start("vunify", "-q", "--undo", f"new{turn}"))
+                _finish(_start("vunify", "-q", "--undo", f"new{turn}"), _PARTIAL)
     assert turn >= 1
     _finish(_start("vunify", "-q", "db"))
-    _assert_sound(site, ("db", *(f"new{number}" for number in range(1, turn + 1))), before)
+    names = ["db", *(f"new{number}" for number in range(1, turn + 1))]
+    _assert_sound(site, names, before, ignoring=MAY_DIFFER | {"group"})
+
+
+def _twins(count: int, copies: int) -> list[Row]:
+    """As `_rows`, each file so many times, for windows that are open for long."""
+    return [
+        File(f"{copy}/{number}", f"common content {number}".encode() * 3)
+        for copy in range(copies)
+        for number in range(count)
+    ]
 
 
 @contextmanager

@@ -1,7 +1,14 @@
 """What a guest writes while it is unified is never lost, and never seen by another guest."""
 
+import fcntl
 import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from time import monotonic, sleep
+from typing import Final
 
 import pytest
 
@@ -10,8 +17,8 @@ from tests.fixtures import scribbler
 from tests.fixtures.filesystems import Site, is_immutable
 from tests.fixtures.hostile import mapped, store, writer
 from tests.fixtures.probes import need, on, scaled
-from tests.fixtures.running import hear, running
-from tests.fixtures.runs import find_faults, inodes, unify
+from tests.fixtures.running import IDLE, hear, running
+from tests.fixtures.runs import SETTLED_S, Report, find_faults, inodes, unify
 from tests.fixtures.trees import EPOCH_NS, MAY_DIFFER, File, Row, differences, snapshot
 
 pytestmark = need("immutable", "lease")
@@ -47,6 +54,107 @@ def test_no_write_of_a_running_guest_is_lost_over_many_rounds(
     assert report["writes"] > 50
     assert report["taken"] > 0
     assert differences(before, snapshot(db), ignoring={*MAY_DIFFER, "mtime_ns"}) == []
+    assert find_faults(site.pool) == []
+
+
+def _rewrite(path: Path) -> None:
+    """Other content of the same size under the same mtime."""
+    before = path.stat()
+    path.write_bytes(path.read_bytes().swapcase())
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def _append(path: Path) -> None:
+    with path.open("ab") as file:
+        file.write(b"more")
+
+
+def _replace(path: Path) -> None:
+    """Another file of the same size and mtime takes its name."""
+    other = path.with_name("other")
+    other.write_bytes(path.read_bytes().swapcase())
+    os.utime(other, ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns))
+    other.rename(path)
+
+
+def _replace_by_symlink(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("/etc/passwd")
+
+
+def _replace_by_fifo(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def _replace_folder(path: Path) -> None:
+    """The folder of the file is another one now, with files of the same names."""
+    path.parent.rename(path.parent.with_name("moved"))
+    path.parent.mkdir()
+    path.write_bytes(_SAME.swapcase())
+
+
+_CHANGES: Final[dict[str, Callable[[Path], object]]] = {
+    "rewrite": _rewrite,
+    "append": _append,
+    "replace": _replace,
+    "remove": Path.unlink,
+    "symlink": _replace_by_symlink,
+    "fifo": _replace_by_fifo,
+    "folder": _replace_folder,
+    "chmod": lambda path: path.chmod(0o600),
+    "chown": lambda path: os.chown(path, 1, 1),
+    "utime": lambda path: os.utime(path, ns=(0, 0)),
+    "xattr": lambda path: os.setxattr(path, "user.key", b"value"),
+    "link": lambda path: path.with_name("second").hardlink_to(path),
+    "truncate": lambda path: os.truncate(path, 0),
+}
+"""What a guest may do to a file between the time it is read and the time its name is replaced."""
+
+
+def _is_waited_for(path: Path) -> bool:
+    """Whether somebody waits for a flock on the file, as /proc/locks tells."""
+    number = f":{path.stat().st_ino} "
+    lines = Path("/proc/locks").read_text().splitlines()
+    return any(number in line for line in lines if " -> FLOCK" in line)
+
+
+@need("cgroup_freezer")
+def test_what_changed_after_it_was_read_is_left_as_it_is(
+    site: Site, cgroup: Path, tool: Tool
+) -> None:
+    """The run is held up where it would freeze the guest: it has read all and linked nothing."""
+    rows: list[Row] = [
+        File(f"{name}/file", name.encode().ljust(50, b"."), mode=0o640)
+        for name in (*_CHANGES, "still")
+    ]
+    guests = [site.add_guest(name, rows) for name in ("web", "db")]
+    sleep(SETTLED_S)
+    vunify = (Path(sys.executable).parent / "vunify", "web", "db", "--json")
+    with (
+        running(site, "web", cgroup, IDLE),
+        (cgroup / "cgroup.freeze").open() as lock,
+        subprocess.Popen(vunify, stdout=subprocess.PIPE, text=True) as run,
+    ):
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        deadline = monotonic() + 30
+        while not _is_waited_for(cgroup / "cgroup.freeze"):
+            assert monotonic() < deadline
+            sleep(0.005)
+        for name, change in _CHANGES.items():
+            change(guests[0] / name / "file")
+        changed = [snapshot(root) for root in guests]
+        fcntl.flock(lock, fcntl.LOCK_UN)
+        report = Report.parse(run.communicate(timeout=60)[0])
+    assert [differences(*pair) for pair in zip(changed, map(snapshot, guests), strict=True)] == [
+        [],
+        [],
+    ]
+    assert report.errors == []
+    assert report.skipped == {"changed": len(_CHANGES)}
+    assert len(set(inodes(site, "still/file", "web", "db"))) == 1
+    shared = {path.parent.name for path in guests[0].glob("*/file") if path.stat().st_nlink > 2}
+    assert shared == {"still"}
     assert find_faults(site.pool) == []
 
 
