@@ -4,7 +4,7 @@ BLAKE3 over a file's bytes, read under a lease that proves nobody was writing.
 """
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from typing import Final
 
 from blake3 import blake3
@@ -34,22 +34,29 @@ def digest_content(
     if size < _BUFFER:
         return blake3(os.pread(fd, size, 0)).digest()
     hasher = blake3()
-    position = 0
-    for start, end in _stretches(fd, status):
-        _update_zeros(hasher, start - position)
+    for start, end, is_hole in _stretches(fd, status):
         for step in range(start, end, _ASK_EACH):
             if wanted is not None and not wanted():
                 return hasher.digest()
-            _update(hasher, fd, step, min(end, step + _ASK_EACH))
-        position = end
-    _update_zeros(hasher, size - position)
+            stop = min(end, step + _ASK_EACH)
+            if is_hole:
+                _update_zeros(hasher, stop - step)
+            else:
+                _update(hasher, fd, step, stop)
     return hasher.digest()
 
 
-def _stretches(fd: int, status: os.stat_result) -> Iterable[tuple[int, int]]:
+def _stretches(fd: int, status: os.stat_result) -> Iterator[tuple[int, int, bool]]:
+    """The whole file in order: (start, end, whether it is a hole)."""
     if status.st_blocks * 512 >= status.st_size:
-        return [(0, status.st_size)]
-    return extents.data_ranges(fd, status.st_size)
+        yield 0, status.st_size, False
+        return
+    position = 0
+    for start, end in extents.data_ranges(fd, status.st_size):
+        yield position, start, True
+        yield start, end, False
+        position = end
+    yield position, status.st_size, True
 
 
 def _update(hasher: blake3, fd: int, start: int, end: int) -> None:

@@ -4,7 +4,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -286,17 +286,14 @@ def _small(site: Site, kind: str, size: int, *guests: str) -> Iterator[tuple[Pat
 
 
 def _fill(mount: Path) -> list[Path]:
-    """Take the last byte and, where their number is limited, the last inode."""
-    ballast = [mount / "ballast"]
-    with ballast[0].open("wb", buffering=0) as file:
-        for size in (1 << 20, 1 << 12, 1):
-            try:
+    """Take the last block, in few large pieces."""
+    ballast = mount / "ballast"
+    with ballast.open("wb") as file:
+        for size in (1 << 23, 1 << 20, 1 << 16, 1 << 12):
+            with suppress(OSError):
                 while True:
-                    file.write(os.urandom(size))
-                    os.fsync(file.fileno())
-            except OSError:
-                continue
-    return ballast
+                    os.posix_fallocate(file.fileno(), os.fstat(file.fileno()).st_size, size)
+    return [ballast]
 
 
 def _use_up_inodes(mount: Path) -> list[Path]:
@@ -319,8 +316,8 @@ def _check_kept(before: list[Snapshot], guests: list[Path], pool: Path) -> None:
 
 @on("ext4", "btrfs")
 def test_a_disk_without_a_free_byte_loses_nothing(site: Site, tool: Tool) -> None:
-    kind = site.filesystem.kind
-    with _small(site, kind, 200 << 20, "web", "db", "mail") as (mount, guests):
+    kind, size = site.filesystem.kind, 128 << 20
+    with _small(site, kind, size, "web", "db", "mail") as (mount, guests):
         pool = mount / "pool"
         before = [snapshot(root) for root in guests]
         unify(tool, "web", "db", "--pool", pool)

@@ -224,7 +224,7 @@ def test_unify_changes_nothing_that_a_guest_sees_and_undo_gives_every_tree_back(
     fs: Filesystem, tool: Tool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     @settings(
-        max_examples=scaled(10, 500),
+        max_examples=scaled(7, 500),
         deadline=None,
         derandomize=not is_soak(),
         phases=tuple(Phase) if is_soak() else (Phase.generate,),  # shrinking takes minutes

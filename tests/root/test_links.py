@@ -243,14 +243,3 @@ def _use_up_links(path: Path, folder: Path, *, leave: int) -> None:
     for number in range(_EXT4_LINKS - leave - path.stat().st_nlink):
         os.link(path, folder / str(number))
     subprocess.run(["chattr", "+i", path], check=True)
-
-
-@need("soak")
-@on("ext4")
-def test_seventy_thousand_equal_files_need_two_objects(site: Site, tool: Tool) -> None:
-    rows: list[Row] = [File(f"{number % 100}/{number}", _SAME) for number in range(35_000)]
-    for name in ("web", "db"):
-        site.add_guest(name, rows)
-    report = unify(tool, "--all", "--link-twins")
-    assert (report.unified, report.new) == (70_000, 2)
-    assert find_faults(site.pool) == []

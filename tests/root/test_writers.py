@@ -18,7 +18,8 @@ from tests.fixtures.filesystems import Site, is_immutable
 from tests.fixtures.hostile import mapped, store, writer
 from tests.fixtures.probes import need, on, scaled
 from tests.fixtures.running import IDLE, hear, running
-from tests.fixtures.runs import SETTLED_S, Report, find_faults, inodes, unify
+from tests.fixtures.runs import Report, find_faults, inodes, unify
+from tests.fixtures.settled import Nursery
 from tests.fixtures.trees import EPOCH_NS, MAY_DIFFER, File, Row, differences, snapshot
 
 pytestmark = need("immutable", "lease")
@@ -112,6 +113,12 @@ _CHANGES: Final[dict[str, Callable[[Path], object]]] = {
 """What a guest may do to a file between the time it is read and the time its name is replaced."""
 
 
+_ROWS: Final = [
+    File(f"{name}/file", name.encode().ljust(50, b"."), mode=0o640) for name in (*_CHANGES, "still")
+]
+_TO_CHANGE: Final = Nursery({"web": _ROWS, "db": _ROWS}, sets=1)
+
+
 def _is_waited_for(path: Path) -> bool:
     """Whether somebody waits for a flock on the file, as /proc/locks tells."""
     number = f":{path.stat().st_ino} "
@@ -124,12 +131,7 @@ def test_what_changed_after_it_was_read_is_left_as_it_is(
     site: Site, cgroup: Path, tool: Tool
 ) -> None:
     """The run is held up where it would freeze the guest: it has read all and linked nothing."""
-    rows: list[Row] = [
-        File(f"{name}/file", name.encode().ljust(50, b"."), mode=0o640)
-        for name in (*_CHANGES, "still")
-    ]
-    guests = [site.add_guest(name, rows) for name in ("web", "db")]
-    sleep(SETTLED_S)
+    guests = _TO_CHANGE.add_guests(site)
     vunify = (Path(sys.executable).parent / "vunify", "web", "db", "--json")
     with (
         running(site, "web", cgroup, IDLE),
