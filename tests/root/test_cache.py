@@ -1,11 +1,10 @@
 """The index never vouches for the wrong content, and nothing but time is lost with it."""
 
 import os
-import shutil
 import sqlite3
 import subprocess
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from time import sleep
 from typing import Final
@@ -237,27 +236,28 @@ def test_an_index_is_good_after_the_file_system_was_mounted_on_another_device(
             site.register(name, grow(mount / name, [File("a", content)]))
         sleep(SETTLED_S)
         unify(tool, "--all", "--pool", mount / "pool")
-        device = mount.stat().st_dev
-        subprocess.run(["umount", mount], check=True)
-        other = folder / "other.img"
-        shutil.copyfile(image, other)
-        taken = _attach(other)
-        try:
+        number = mount.stat().st_dev
+        with _taken_from(mount, folder / "other.img"):
             subprocess.run(["mount", "-o", "loop", image, mount], check=True)
-            assert mount.stat().st_dev != device
+            assert mount.stat().st_dev != number
             with watched(mount / "web") as seen, watched(mount / "db") as seen_too:
                 unify(tool, "--all", "--pool", mount / "pool")
             assert seen.opened | seen_too.opened == set()
-        finally:
-            subprocess.run(["losetup", "--detach", taken], check=True)
 
 
-def _attach(image: Path) -> str:
-    """Take the first free loop device, so that the next mount gets another one."""
-    done = subprocess.run(
-        ["losetup", "--find", "--show", image], capture_output=True, text=True, check=True
-    )
-    return done.stdout.strip()
+@contextmanager
+def _taken_from(mount: Path, other: Path) -> Iterator[None]:
+    """The file system is unmounted, and its loop device has another image meanwhile."""
+    command = ("findmnt", "--noheadings", "--output", "SOURCE", "--mountpoint", mount)
+    device = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    with other.open("xb") as file:
+        file.truncate(1 << 20)
+    subprocess.run(["umount", mount], check=True)
+    subprocess.run(["losetup", device, other], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["losetup", "--detach", device], check=True)
 
 
 @on("ext4")

@@ -6,9 +6,10 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from time import monotonic, sleep
-from typing import Final
+from typing import Any, Final
 
 import pytest
 
@@ -16,7 +17,7 @@ from tests.conftest import Tool
 from tests.fixtures import scribbler
 from tests.fixtures.filesystems import Site, is_immutable
 from tests.fixtures.hostile import mapped, store, writer
-from tests.fixtures.probes import need, on, scaled
+from tests.fixtures.probes import need, on, own_cgroup, scaled
 from tests.fixtures.running import IDLE, hear, running
 from tests.fixtures.runs import Report, find_faults, inodes, unify
 from tests.fixtures.settled import Nursery
@@ -40,22 +41,44 @@ def _every_state() -> list[Row]:
 def test_no_write_of_a_running_guest_is_lost_over_many_rounds(
     site: Site, cgroup: Path, tool: Tool
 ) -> None:
-    """20 rounds on three file systems together; 200 on each in the long form."""
-    web, db = site.add_guest("web"), site.add_guest("db", _every_state())
-    before = snapshot(db)
+    """Two guests write, two runs at a time unify each with a sibling of its own.
+
+    24 runs on three file systems together; 200 on each in the long form.
+    """
     program = Path(scribbler.__file__).read_text()
-    with running(site, "web", cgroup, program, web) as process:
-        assert hear(process) == "ready"
-        for _ in range(scaled(7, 200)):
-            unify(tool, "--all", "--ignore-mtime", "--link-twins")
-            assert process.poll() is None
-        process.terminate()
-        report = json.loads(hear(process))
-    assert report["faults"] == []
-    assert report["writes"] > 50
-    assert report["taken"] > 0
-    assert differences(before, snapshot(db), ignoring={*MAY_DIFFER, "mtime_ns"}) == []
+    pairs = (("web", "db"), ("mail", "news"))
+    for writing, still in pairs:
+        site.add_guest(writing)
+        site.add_guest(still, _every_state())
+    before = [snapshot(site.root(still)) for _, still in pairs]
+    with (
+        own_cgroup() as other,
+        running(site, "web", cgroup, program, site.root("web")) as first,
+        running(site, "mail", other, program, site.root("mail")) as second,
+        ThreadPoolExecutor() as threads,
+    ):
+        assert [hear(process) for process in (first, second)] == ["ready", "ready"]
+        for _ in range(scaled(4, 100)):
+            runs = [threads.submit(unify, tool, *pair, *_GREEDY) for pair in pairs]
+            assert all(run.result().missing() == 0 for run in runs)
+        reports = [_stop(process) for process in (first, second)]
+    for report, (_, still), old in zip(reports, pairs, before, strict=True):
+        assert report["faults"] == []
+        assert report["writes"] > 50
+        assert report["taken"] > 0
+        ignoring = {*MAY_DIFFER, "mtime_ns"}
+        assert differences(old, snapshot(site.root(still)), ignoring=ignoring) == []
     assert find_faults(site.pool) == []
+
+
+_GREEDY: Final = ("--ignore-mtime", "--link-twins")
+
+
+def _stop(process: subprocess.Popen[str]) -> dict[str, Any]:
+    """End a scribbler; returns what it reports."""
+    process.terminate()
+    report: dict[str, Any] = json.loads(hear(process))
+    return report
 
 
 def _rewrite(path: Path) -> None:
