@@ -39,7 +39,7 @@ def _known(site: Site) -> set[int]:
         return {number for (number,) in database.execute("SELECT ino FROM digests")}
 
 
-_LOOK_EQUAL = Nursery({"web": [File("a", _OLD)], "db": [File("a", _NEW)]}, sets=5)
+_LOOK_EQUAL = Nursery({"web": [File("a", _OLD)], "db": [File("a", _NEW)]}, sets=4)
 
 
 def _settle_two(site: Site, tool: Tool) -> list[Path]:

@@ -38,7 +38,7 @@ _FITHAW: Final = 0xC0045878
 
 
 _ROWS: Final = [File(f"usr/{number % 7}/{number}", b"%020d" % number) for number in range(400)]
-_EQUAL: Final = Nursery(dict.fromkeys(("web", "db", "mail"), _ROWS), sets=4)
+_EQUAL: Final = Nursery(dict.fromkeys(("web", "db", "mail"), _ROWS), sets=8)
 
 
 def _add_guests(site: Site, *names: str) -> tuple[list[Path], list[Snapshot]]:

@@ -138,6 +138,7 @@ def test_blocks_that_copies_share_already_are_not_reclaimed(site: Site, tool: To
     assert report.reclaimed < 1 << 20
 
 
+@on("ext4", "btrfs")
 def test_a_second_run_does_nothing_and_opens_nothing(site: Site, tool: Tool) -> None:
     guests = [site.add_guest(name, _system()) for name in ("web", "db")]
     for number, root in enumerate(guests):

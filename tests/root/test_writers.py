@@ -150,6 +150,7 @@ def _is_waited_for(path: Path) -> bool:
 
 
 @need("cgroup_freezer")
+@on("ext4")
 def test_what_changed_after_it_was_read_is_left_as_it_is(
     site: Site, cgroup: Path, tool: Tool
 ) -> None:
