@@ -28,7 +28,7 @@ from vstore.scan import Tree
 pytestmark = need("lease", "immutable")
 
 _TRIES = 500
-_FILES = 150
+_FILES = 600
 _OLD = b"old content of the file " * 9
 _NEW = b"new content of the file " * 9
 
@@ -103,7 +103,10 @@ def _wrong_digests(site: Site, folder: Path) -> list[Path]:
 def test_content_that_changed_twice_in_a_tick_is_never_taken_for_what_it_was(
     site: Site, tool: Tool
 ) -> None:
-    """All look equal and none is, but for twins: each run reads what the index does not know."""
+    """All look equal and none is, but for twins: each run reads what the index does not know.
+
+    So many are read one by one, not under leases that are held until they are linked.
+    """
     rows: list[Row] = [
         File(f"{number}", (_OLD, _NEW)[number % 2], mtime_ns=EPOCH_NS + number)
         for number in range(_FILES)
