@@ -59,11 +59,8 @@ class _Object:
     fd: int
     ino: int
     adopted: Member | None  # the member that becomes the object; None: it exists
+    name: str
     members: list[Member] = field(default_factory=list)  # open, leased and compared
-
-    @property
-    def name(self) -> str:
-        return self.slot.object_name
 
 
 class Linker:
@@ -172,7 +169,7 @@ class Linker:
                 self._answers[member.row] = (f"cannot be read: {error.strerror}", 0, 0)
             else:
                 fresh = reading.is_fresh(member.ctime, began)
-                known.append(member._replace(digest=digest, xattrs=xattrs, fresh=int(fresh)))
+                known.append(Member(*member[:16], digest, xattrs, int(fresh)))
         return known
 
     def _plan(
@@ -290,6 +287,8 @@ class Linker:
         No object that is frozen changes afterwards.
         """
         for slot in slots:
+            if not slot.ino:
+                continue
             self._windows.idle()
             if slot.identity.size > _LONGEST_READ:
                 self._windows.let_all_go()
@@ -332,21 +331,22 @@ class Linker:
                 self._answer(item.slot.members, _explain(error))
 
     def _open_slot(self, slot: Slot) -> _Object | None:
+        name = slot.object_name
         try:
-            fd = self._pool.open_object(slot.object_name)
+            fd = self._pool.open_object(name)
         except FileNotFoundError:
             if slot.ino:
                 self._answer(slot.members, RETRY)
                 return None
-            return self._open_source(slot)
+            return self._open_source(slot, name)
         except OSError as error:
-            self._answer(slot.members, f"object {slot.object_name}: {error.strerror}")
+            self._answer(slot.members, f"object {name}: {error.strerror}")
             return None
-        return _Object(slot, fd, os.fstat(fd).st_ino, None)
+        return _Object(slot, fd, os.fstat(fd).st_ino, None, name)
 
-    def _open_source(self, slot: Slot) -> _Object | None:
+    def _open_source(self, slot: Slot, name: str) -> _Object | None:
         for member in slot.sources():
-            item = _Object(slot, -1, member.ino, member)
+            item = _Object(slot, -1, member.ino, member, name)
             try:
                 fd = self._ready_member(member, item)
                 self._check_source(fd, member)
@@ -418,16 +418,17 @@ class Linker:
     def _adopt(self, item: _Object) -> None:
         if item.ino in self._original:  # frozen by the original's tools
             with self._windows.thawed(item.fd):
-                self._enter_pool(item)
-            return
-        try:
-            self._enter_pool(item)
-        finally:
-            if self._is_in_pool(item):
+                if self._enter_pool(item):
+                    self._leave_original_pool(item.ino)
+                    self._link_adopted(item)
+        elif self._enter_pool(item):
+            try:
+                self._link_adopted(item)
+            finally:
                 self._windows.freeze(item.fd)
 
-    def _enter_pool(self, item: _Object) -> None:
-        """Give the inode that we hold its name in the pool, and link the members to it."""
+    def _enter_pool(self, item: _Object) -> bool:
+        """Give the inode that we hold its name in the pool; False where that name is taken."""
         try:
             os.link(
                 str(item.fd),
@@ -437,8 +438,10 @@ class Linker:
             )
         except FileExistsError:
             self._answer(item.slot.members, RETRY)
-            return
-        self._leave_original_pool(item.ino)
+            return False
+        return True
+
+    def _link_adopted(self, item: _Object) -> None:
         for member in item.slot.members:
             if member.ino == item.ino:
                 self._answers[member.row] = (ADOPTED, item.ino, 0)
@@ -448,12 +451,6 @@ class Linker:
         former = self._original.get(ino)
         if former is not None and os.lstat(former).st_ino == ino:
             Path(former).unlink()
-
-    def _is_in_pool(self, item: _Object) -> bool:
-        with suppress(OSError):
-            found = os.stat(item.name, dir_fd=self._pool.objects_fd, follow_symlinks=False)
-            return found.st_ino == item.ino
-        return False
 
     def _link_members(self, item: _Object) -> None:
         for position, member in enumerate(item.members):

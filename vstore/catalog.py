@@ -8,6 +8,7 @@ which have the same identity.
 import sqlite3
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import groupby
 from operator import itemgetter
 from typing import Any, Final, NamedTuple
@@ -86,6 +87,15 @@ class Catalog:
 
     # --- filling ---
 
+    @contextmanager
+    def filling(self) -> Iterator[None]:
+        """Add in here: all is one transaction, whose end alone costs a look at each cached page."""
+        self._database.execute("BEGIN")
+        try:
+            yield
+        finally:
+            self._database.execute("COMMIT")
+
     def add_folder(self, tree: int, volume: int, found: FolderRows) -> None:
         """Note the files of one folder of a tree."""
         path, atime, mtime, rows = found
@@ -151,6 +161,9 @@ class Catalog:
 
         `full` are the names of those that take no more links.
         """
+        self._database.execute("DELETE FROM objects")
+        if next(pool.list_objects(), None) is None:
+            return
         text = "size || '.' || printf('%o', mode) || '.' || uid || '.' || gid"
         if not self._ignore_mtime:
             text += " || '.' || mtime"
@@ -159,7 +172,6 @@ class Catalog:
             hash(key) & _HASH_MASK
             for (key,) in self._database.execute(f"SELECT DISTINCT {text} FROM files")  # noqa: S608
         )
-        self._database.execute("DELETE FROM objects")
         self._database.executemany(
             "INSERT INTO objects VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             self._matching_objects(pool, InodeNumbers(wanted), full),
@@ -201,7 +213,7 @@ class Catalog:
         self._database.execute(
             f"""CREATE TEMP TABLE groups AS
             SELECT {self._key}, min(id) AS first, count(*) AS names FROM files
-            GROUP BY {self._key} {having}"""  # noqa: S608 - columns of our own
+            GROUP BY {self._key} {having} ORDER BY first"""  # noqa: S608 - columns of our own
         )
         self._take_known()
 
@@ -246,10 +258,10 @@ class Catalog:
         query = f"""SELECT first, 0, tree, files.id, folder, name, files.ino, files.size, mode,
             uid, gid, files.mtime, files.ctime, nlink - ifnull(foreign_names.names, 0), blocks,
             files.volume, known.digest, known.xattrs, 0
-            FROM groups JOIN files USING ({self._key})
+            FROM groups CROSS JOIN files USING ({self._key})
             LEFT JOIN foreign_names ON foreign_names.ino = files.ino
             LEFT JOIN known ON known.volume = files.volume AND known.ino = files.ino
-            WHERE groups.names <= ? ORDER BY first, tree, files.id"""  # noqa: S608 - our own
+            WHERE groups.names <= ? ORDER BY groups.rowid"""  # noqa: S608 - our own
         return self._database.execute(query, (limit,))
 
     def _objects_like(self, member: tuple[Any, ...]) -> list[KnownObject]:

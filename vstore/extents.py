@@ -9,8 +9,7 @@ import fcntl
 import os
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 FICLONE: Final = 0x40049409
 FIDEDUPERANGE: Final = 0xC0189436
@@ -27,6 +26,7 @@ _FIEMAP_HEADER: Final = struct.Struct("=QQIIII")
 _FIEMAP_EXTENT: Final = struct.Struct("=QQQQQIIII")
 _EXTENTS_A_CALL: Final = 16
 _DEDUPE_STEP: Final = 16 << 20  # btrfs takes at most 16 MiB a call
+_FIEMAP_SIZE: Final = _FIEMAP_HEADER.size + _EXTENTS_A_CALL * _FIEMAP_EXTENT.size
 _COPY_STEP: Final = 1 << 30
 
 CLONING: Final = frozenset(("btrfs", "xfs"))
@@ -37,8 +37,7 @@ _CANNOT_CLONE: Final = frozenset(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Extent:
+class Extent(NamedTuple):
     """One stretch of a file: offsets and length in bytes, flags as in linux/fiemap.h."""
 
     logical: int
@@ -131,15 +130,14 @@ def load_extents(fd: int) -> list[Extent]:
     extents: list[Extent] = []
     position = 0
     while True:
-        request = bytearray(_FIEMAP_HEADER.size + _EXTENTS_A_CALL * _FIEMAP_EXTENT.size)
+        request = bytearray(_FIEMAP_SIZE)
         _FIEMAP_HEADER.pack_into(
             request, 0, position, (1 << 64) - 1 - position, FIEMAP_FLAG_SYNC, 0, _EXTENTS_A_CALL, 0
         )
         fcntl.ioctl(fd, FS_IOC_FIEMAP, request)
         count = _FIEMAP_HEADER.unpack_from(request)[3]
-        for index in range(count):
-            offset = _FIEMAP_HEADER.size + index * _FIEMAP_EXTENT.size
-            logical, physical, length, _, _, flags, *_ = _FIEMAP_EXTENT.unpack_from(request, offset)
+        for at in range(_FIEMAP_HEADER.size, _FIEMAP_SIZE, _FIEMAP_EXTENT.size)[:count]:
+            logical, physical, length, _, _, flags, *_ = _FIEMAP_EXTENT.unpack_from(request, at)
             extents.append(Extent(logical, physical, length, flags))
         if count == 0 or extents[-1].flags & FIEMAP_EXTENT_LAST:
             return extents

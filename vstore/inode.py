@@ -169,7 +169,7 @@ def load_xattrs(fd: int) -> dict[bytes, bytes]:
         if error.errno == 95:  # EOPNOTSUPP
             return {}
         raise
-    return {os.fsencode(name): _xattr.get(fd, name) for name in names}
+    return {os.fsencode(name): _xattr.get(fd, name) for name in names} if names else {}
 
 
 def store_xattrs(fd: int, wanted: Mapping[bytes, bytes]) -> None:

@@ -18,6 +18,8 @@ from vstore.pool import Identity
 NAMES_A_BATCH: Final = 500
 OBJECTS_A_BATCH: Final = 150  # each is a descriptor that the keeper holds too
 
+_TURN: Final = attrgetter("turn", "tree")
+
 KnownObject = tuple[bytes, bytes, int, int, int, bool]
 """An object:
 
@@ -139,7 +141,7 @@ def take_turns(members: Iterable[Member]) -> list[Member]:
         turn = turns[member.tree]
         turns[member.tree] = turn + 1
         counted.append(member if member.turn == turn else member._replace(turn=turn))
-    counted.sort(key=attrgetter("turn", "tree"))
+    counted.sort(key=_TURN)
     return counted
 
 

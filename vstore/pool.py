@@ -16,9 +16,8 @@ from array import array
 from bisect import bisect_left
 from collections.abc import Container, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from blake3 import blake3
 
@@ -42,8 +41,7 @@ _POLL_S: Final = 0.01
 _FOLDERS: Final = tuple(f"{number:02x}" for number in range(256))
 
 
-@dataclass(frozen=True, slots=True)
-class Identity:
+class Identity(NamedTuple):
     """What makes two files equal.
 
     `digest` is BLAKE3 of the content, `xattrs` of the sorted xattrs (empty: none).
@@ -56,18 +54,6 @@ class Identity:
     gid: int
     mtime_ns: int
     xattrs: bytes
-
-    def as_plain(self) -> tuple[bytes, int, int, int, int, int, bytes]:
-        """The fields in order."""
-        return (
-            self.digest,
-            self.size,
-            self.mode,
-            self.uid,
-            self.gid,
-            self.mtime_ns,
-            self.xattrs,
-        )
 
     def name(self, number: int) -> str:
         """The object's path below `objects`.

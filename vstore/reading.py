@@ -58,12 +58,16 @@ def open_for_look(folder_fd: int, name: bytes) -> int:
 
 def lease_unchanged(fd: int, key: tuple[int, int, int, int]) -> os.stat_result:
     """Take a lease on the file behind `fd`, which must still have `key`. Raises LeftAlone."""
-    if os.fstat(fd).st_ino != key[0]:
-        raise LeftAlone(CHANGED)  # perhaps no file at all, which has no leases
-    if not lease.take(fd):
-        raise LeftAlone(BUSY)
+    try:
+        is_leased = lease.take(fd)
+    except OSError as error:
+        if os.fstat(fd).st_ino != key[0]:
+            raise LeftAlone(CHANGED) from error  # perhaps no file at all, which has no leases
+        raise
     status = os.fstat(fd)
-    if key_of(status) != key:
+    if not is_leased and status.st_ino == key[0]:
+        raise LeftAlone(BUSY)
+    if (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns) != key:
         raise LeftAlone(CHANGED)
     return status
 

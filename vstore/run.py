@@ -34,12 +34,14 @@ from vstore.progress import Progress
 from vstore.recovery import settle_stage
 from vstore.tally import Tally, join
 from vstore.window import Windows
-from vstore.workers import Crew, Worker, core_count
+from vstore.workers import Crew, Worker, core_count, file_limit
 
 NOT_IN_REFSERVER: Final = "not-in-refserver"
 
 _ROUNDS: Final = 4
 _NAMES_A_FROZEN_BATCH: Final = 200
+_LARGEST_GROUP: Final = 1500  # names; what is larger is read first and linked later
+_FILES_A_NAME: Final = 4  # descriptors: itself, its folder, its object twice
 _FILES_A_READ: Final = 300
 _BYTES_A_READ: Final = 32 << 20
 _FOLDERS_A_WALK: Final = 500
@@ -97,7 +99,8 @@ class Run:
         stages = self._open_stages(workers)
         bury = self._bury(stages)
         crew = self._stack.enter_context(Crew(workers, self._start(stages), bury=bury))
-        self._walk(crew)
+        with self._catalog.filling():
+            self._walk(crew)
         for reason, count in self._catalog.drop_linked().items():
             self._result.skip(reason, count)
         if self._options.dry_run or self._pool is None:
@@ -112,7 +115,7 @@ class Run:
 
     def _unify(self, crew: Crew, pool: Pool, workers: int) -> None:
         linkers = min(workers, _LINKERS.get(self._file_system, workers))
-        at_once = 0 if self._must_read_first() else NAMES_A_BATCH
+        at_once = 0 if self._must_read_first() else _find_largest_group()
         synced_ns = time.time_ns() - _SYNC_MARGIN_NS
         syscalls.syncfs(pool.fd)  # what will be shared is durable before a name depends on it
         for number in range(_ROUNDS):
@@ -338,7 +341,7 @@ class Run:
         folders = {(member.folder, member.tree) for slot in slots for member in slot.members}
         plain = [
             (
-                slot.identity.as_plain(),
+                tuple(slot.identity),
                 slot.number,
                 slot.ino,
                 [tuple(item) for item in slot.members],
@@ -364,6 +367,11 @@ class _UsedPairs:
 
     def __contains__(self, pair: object) -> bool:
         return isinstance(pair, tuple) and pair[1] in self._used[pair[0]]
+
+
+def _find_largest_group() -> int:
+    """How many names may be read and linked at once, so that there are descriptors for all."""
+    return min(_LARGEST_GROUP, file_limit() // 2 // _FILES_A_NAME)
 
 
 def _drain(todo: deque[tuple[int, list[bytes]]]) -> Iterator[tuple[tuple[str, Any], int] | None]:

@@ -75,6 +75,11 @@ def raise_file_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
+def file_limit() -> int:
+    """How many descriptors this process and each of its workers may have."""
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+
 def core_count() -> int:
     """The processors that this process may use."""
     return len(os.sched_getaffinity(0))

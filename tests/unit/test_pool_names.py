@@ -1,7 +1,5 @@
 """An object's name says all that identity means, and says it back."""
 
-from dataclasses import replace
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -59,7 +57,7 @@ def test_different_identities_and_numbers_have_different_names(
     ],
 )
 def test_each_part_of_an_identity_is_in_the_name(change: dict[str, int]) -> None:
-    other = replace(_PLAIN, **change)  # type: ignore[arg-type]  # each key has its own type
+    other = _PLAIN._replace(**change)  # type: ignore[arg-type]  # each key has its own type
     assert other.name(0) != _PLAIN.name(0)
 
 
