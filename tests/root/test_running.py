@@ -76,7 +76,8 @@ def test_a_running_guest_is_unified_in_frozen_batches(site: Site, cgroup: Path, 
         assert _unify_all(tool) == 800
         assert busy.poll() is None
         assert not is_frozen(cgroup)
-    assert 2 <= watch.times <= 12  # some hundred names a pause, not one
+    assert watch.was_frozen
+    assert watch.times <= 12  # some hundred names a pause, not one
     _check(site, guests, before)
 
 
@@ -123,7 +124,7 @@ def test_undo_freezes_a_running_guest_too(site: Site, cgroup: Path, tool: Tool) 
     with running(site, "web", cgroup, BUSY), FreezeWatch(cgroup) as watch:
         undo(tool, "web")
         assert not is_frozen(cgroup)
-    assert watch.times >= 1
+    assert watch.was_frozen
     assert not is_immutable(guests[0] / "usr/0/0")
     assert differences(before[0], snapshot(guests[0]), ignoring={"inode"}) == []
 
