@@ -36,6 +36,7 @@ UNIQUE: Final = "unique"
 FULL: Final = "full"  # the object takes no more links: another one is needed
 RETRY: Final = "retry"  # the object is not what the plan took it for: plan again
 
+_CONTENT: Final = attrgetter("digest", "xattrs")
 _PROC_FDS: Final = "/proc/self/fd"
 _SPARE: Final = "spare"
 _CHANGED: Final = (reading.CHANGED, 0, 0)
@@ -177,14 +178,10 @@ class Linker:
     ) -> list[Slot]:
         slots = []
         taken = frozenset(used)
-        known.sort(key=lambda member: (member.digest, member.xattrs))
-        for _, equal in groupby(known, key=attrgetter("digest", "xattrs")):
+        known.sort(key=_CONTENT)
+        for content, equal in groupby(known, key=_CONTENT):
             members = list(equal)
-            same = [
-                item
-                for item in objects
-                if item[0] == members[0].digest and item[1] == members[0].xattrs
-            ]
+            same = [item for item in objects if item[:2] == content]
             for slot in plan_group(take_turns(members), same, taken, self._rules):
                 if slot.is_worth_it(self._rules):
                     slots.append(slot)

@@ -9,6 +9,7 @@ import sqlite3
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from itertools import groupby
 from operator import itemgetter
 from typing import Any, Final, NamedTuple
@@ -49,6 +50,7 @@ _SCHEMA: Final = """
         volume INTEGER, ino INTEGER, digest BLOB, xattrs BLOB, PRIMARY KEY (volume, ino)
     ) WITHOUT ROWID;
 """
+_FOLDERS_KEPT: Final = 4096  # in memory: neighbours are asked for one after the other
 _HASH_MASK: Final = (1 << 64) - 1
 
 
@@ -80,6 +82,7 @@ class Catalog:
         self._key = ", ".join(columns)
         self._same_key = " AND ".join(f"one.{column} = other.{column}" for column in columns)
         self._folders = 0
+        self._known_folder = lru_cache(maxsize=_FOLDERS_KEPT)(self._find_folder)
 
     def close(self) -> None:
         """Forget everything."""
@@ -393,6 +396,9 @@ class Catalog:
 
     def load_folder(self, folder: int) -> tuple[bytes, int, int]:
         """A folder's path below its tree's root, and its atime and mtime (ns) at the walk."""
+        return self._known_folder(folder)
+
+    def _find_folder(self, folder: int) -> tuple[bytes, int, int]:
         row: tuple[bytes, int, int] = self._database.execute(
             "SELECT path, read_atime, read_mtime FROM folders WHERE id = ?", (folder,)
         ).fetchone()

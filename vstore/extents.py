@@ -23,7 +23,8 @@ FILE_DEDUPE_RANGE_SAME: Final = 0
 
 _DEDUPE: Final = struct.Struct("=QQHHI qQQiI")  # header, then one file_dedupe_range_info
 _FIEMAP_HEADER: Final = struct.Struct("=QQIIII")
-_FIEMAP_EXTENT: Final = struct.Struct("=QQQQQIIII")
+_FIEMAP_EXTENT: Final = struct.Struct("=QQQ16xI12x")  # logical, physical, length, flags
+_NO_END: Final = (1 << 64) - 1
 _EXTENTS_A_CALL: Final = 16
 _DEDUPE_STEP: Final = 16 << 20  # btrfs takes at most 16 MiB a call
 _FIEMAP_SIZE: Final = _FIEMAP_HEADER.size + _EXTENTS_A_CALL * _FIEMAP_EXTENT.size
@@ -132,13 +133,12 @@ def load_extents(fd: int) -> list[Extent]:
     while True:
         request = bytearray(_FIEMAP_SIZE)
         _FIEMAP_HEADER.pack_into(
-            request, 0, position, (1 << 64) - 1 - position, FIEMAP_FLAG_SYNC, 0, _EXTENTS_A_CALL, 0
+            request, 0, position, _NO_END - position, FIEMAP_FLAG_SYNC, 0, _EXTENTS_A_CALL, 0
         )
         fcntl.ioctl(fd, FS_IOC_FIEMAP, request)
         count = _FIEMAP_HEADER.unpack_from(request)[3]
         for at in range(_FIEMAP_HEADER.size, _FIEMAP_SIZE, _FIEMAP_EXTENT.size)[:count]:
-            logical, physical, length, _, _, flags, *_ = _FIEMAP_EXTENT.unpack_from(request, at)
-            extents.append(Extent(logical, physical, length, flags))
+            extents.append(Extent(*_FIEMAP_EXTENT.unpack_from(request, at)))
         if count == 0 or extents[-1].flags & FIEMAP_EXTENT_LAST:
             return extents
         position = extents[-1].logical + extents[-1].length
@@ -146,10 +146,8 @@ def load_extents(fd: int) -> list[Extent]:
 
 def own_bytes(fd: int, allocated: int) -> int:
     """How many of the `allocated` bytes of the file behind `fd` it shares with no other file."""
-    shared = sum(
-        extent.length for extent in load_extents(fd) if extent.flags & FIEMAP_EXTENT_SHARED
-    )
-    return max(0, allocated - shared)
+    shared = [extent[2] for extent in load_extents(fd) if extent[3] & FIEMAP_EXTENT_SHARED]
+    return max(0, allocated - sum(shared))
 
 
 def is_inline(extents: list[Extent]) -> bool:

@@ -18,6 +18,7 @@ from vstore.pool import Identity
 NAMES_A_BATCH: Final = 500
 OBJECTS_A_BATCH: Final = 150  # each is a descriptor that the keeper holds too
 
+_TREE: Final = attrgetter("tree")
 _TURN: Final = attrgetter("turn", "tree")
 
 KnownObject = tuple[bytes, bytes, int, int, int, bool]
@@ -133,8 +134,10 @@ class _Places:
         )
 
 
-def take_turns(members: Iterable[Member]) -> list[Member]:
+def take_turns(members: Sequence[Member]) -> list[Member]:
     """Equal members with their turns: inodes that are shared already first, in a stable order."""
+    if len({member.tree for member in members}) == len(members):
+        return sorted(members, key=_TREE)  # no twins: the first turn is everyone's
     turns: Counter[int] = Counter()
     counted = []
     for member in sorted(members, key=lambda item: (item.nlink == 1, item.nlink, item.ino)):
