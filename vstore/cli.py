@@ -63,6 +63,7 @@ def run(command: click.Command) -> NoReturn:
         status = 1
     except (ToolError, OSError) as error:
         status = _report(name, error if isinstance(error, ToolError) else _translated(error))
+        _drop_unwritten()
     sys.exit(status if isinstance(status, int) else 0)
 
 
@@ -106,6 +107,14 @@ def _translated(error: OSError) -> ToolError:
         return kind(reason)
     shown = error.filename if isinstance(error.filename, int) else os.fsdecode(error.filename)
     return kind(f"{shown}: {reason}")
+
+
+def _drop_unwritten() -> None:
+    """What stdout could not take once it would not take at the interpreter's end either."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _forget_stdout()
 
 
 def _forget_stdout() -> None:
@@ -171,6 +180,18 @@ def pool_option(function: _Decorated) -> _Decorated:
         metavar="DIR",
         type=click.Path(path_type=Path),
         help="The pool, on the file system of the guests; .pool beside them if not given.",
+    )(function)
+
+
+def roots_option(function: _Decorated) -> _Decorated:
+    """`--root DIR`, as often as wanted: the command gets `roots`, a tuple of Paths."""
+    return click.option(
+        "--root",
+        "roots",
+        metavar="DIR",
+        multiple=True,
+        type=click.Path(path_type=Path),
+        help="A tree that is no configured guest; may be repeated.",
     )(function)
 
 

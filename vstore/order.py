@@ -6,8 +6,10 @@ from typing import Final
 from vstore.exclude import Excludes
 from vstore.hold import Held
 from vstore.plan import Rules
+from vstore.scan import FOLDER_REASONS
 
 DEFAULT_MIN_SIZE: Final = 16
+TIME_IS_UP: Final = "time-budget"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,3 +55,24 @@ class UnifyResult:
     def skip(self, reason: str, count: int = 1) -> None:
         if count:
             self.skipped[reason] = self.skipped.get(reason, 0) + count
+
+    def add(self, other: "UnifyResult") -> None:
+        """Count what another run, over other guests, found and did as well."""
+        self.files_seen += other.files_seen
+        self.files_unified += other.files_unified
+        self.files_already += other.files_already
+        self.bytes_reclaimed += other.bytes_reclaimed
+        self.objects_new += other.objects_new
+        for reason, count in other.skipped.items():
+            self.skip(reason, count)
+        self.errors += other.errors
+        self.attacks += other.attacks
+        self.seconds += other.seconds
+
+    def count_late(self) -> None:
+        """Skip what the time was too short for: every file that is nothing else."""
+        settled = self.files_unified + self.files_already + len(self.errors)
+        settled += sum(
+            count for reason, count in self.skipped.items() if reason not in FOLDER_REASONS
+        )
+        self.skip(TIME_IS_UP, max(0, self.files_seen - settled))

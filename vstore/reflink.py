@@ -13,9 +13,8 @@ import sqlite3
 import time
 from array import array
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from itertools import groupby
 from operator import attrgetter
 from typing import Any, Final, Protocol
@@ -24,12 +23,13 @@ from vstore import index, scan
 from vstore.blocks import ALREADY, LEAD, READ, REASONS, UNIFIED, File, Hand, check_sharing
 from vstore.exclude import Excludes
 from vstore.hold import Held
+from vstore.order import Options, UnifyResult
+from vstore.pace import TimeBudget, batches
 from vstore.pool import InodeNumbers, Pool, parse_object
 from vstore.progress import SILENT, Progress
 from vstore.workers import Crew, core_count
 
 UNIQUE: Final = "unique"
-TIME_IS_UP: Final = "time-budget"
 
 _FILES_A_JOB: Final = 200
 _BYTES_A_JOB: Final = 32 << 20
@@ -58,37 +58,6 @@ class Source(Protocol):
     def excludes(self) -> Excludes: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Options:
-    """Which files, and how."""
-
-    min_size: int  # bytes
-    jobs: int | None = None  # None: every core
-    time_budget_s: float | None = None
-    dry_run: bool = False
-
-
-@dataclass(slots=True)
-class ReflinkResult:
-    """What a run found and did; every regular file seen is unified, already unified, skipped or an
-    error.
-
-    `bytes_reclaimed` counts the blocks that nobody uses any more.
-    """
-
-    files_seen: int = 0
-    files_unified: int = 0
-    files_already: int = 0
-    bytes_reclaimed: int = 0
-    skipped: dict[str, int] = field(default_factory=dict)
-    errors: list[tuple[str, str]] = field(default_factory=list)
-    seconds: float = 0.0
-
-    def skip(self, reason: str, count: int = 1) -> None:
-        if count:
-            self.skipped[reason] = self.skipped.get(reason, 0) + count
-
-
 def reflink(
     sources: Sequence[Source],
     pool: Pool | None,
@@ -96,7 +65,7 @@ def reflink(
     progress: Progress = SILENT,
     *,
     also: Sequence[Source] = (),
-) -> ReflinkResult:
+) -> UnifyResult:
     """Let the files of the guests share blocks with each other and with the pool's objects.
 
     The files of `also` take part, but are not counted. The pool lends its index too; without one
@@ -128,10 +97,8 @@ class _Run:
         self._options = options
         self._progress = progress
         self._stack = stack
-        budget = options.time_budget_s
-        self._deadline = None if budget is None else time.monotonic() + budget
-        self._is_late = False
-        self.result = ReflinkResult()
+        self._budget = TimeBudget(options.time_budget_s)
+        self.result = UnifyResult()
 
     def carry_out(self) -> None:
         if not self._sources:
@@ -152,8 +119,8 @@ class _Run:
             self._catalog.take_known()
             self._read(crew)
             self._share(crew)
-        if self._is_late:
-            self._count_late()
+        if self._budget.is_spent:
+            self.result.count_late()
 
     def _check_file_system(self) -> None:
         held = self._sources[0].held
@@ -203,9 +170,15 @@ class _Run:
 
     def _read(self, crew: Crew) -> None:
         self._progress.phase("read", self._catalog.count_unread(), "bytes")
+        unread = batches(
+            self._catalog.list_unread(),
+            count=_FILES_A_JOB,
+            size=_BYTES_A_JOB,
+            weigh=lambda file: (1, file.size),
+        )
         jobs = (
             (("read", [tuple(file) for file in batch]), batch)
-            for batch in self._until_deadline(_batch(self._catalog.list_unread()))
+            for batch in self._budget.spend_on(unread)
         )
         for files, answers in crew.map(jobs):
             known = []
@@ -222,9 +195,15 @@ class _Run:
 
     def _share(self, crew: Crew) -> None:
         self._progress.phase("share", self._catalog.count_known())
+        groups = batches(
+            self._list_groups(),
+            count=_FILES_A_JOB,
+            size=_BYTES_A_JOB,
+            weigh=lambda group: (len(group[1]), group[1][0].size * len(group[1])),
+        )
         jobs = (
             (("share", [(names, [tuple(file) for file in files]) for names, files, _ in job]), job)
-            for job in self._until_deadline(_batch_groups(self._list_groups()))
+            for job in self._budget.spend_on(groups)
         )
         for job, answers in crew.map(jobs):
             for (_, files, is_first), outcomes in zip(job, answers, strict=True):
@@ -281,21 +260,6 @@ class _Run:
         root = os.fspath(self._sources[tree].held.guest.root)
         self.result.errors.append((f"{root}/{os.fsdecode(path)}", reason))
 
-    def _until_deadline(self, steps: Iterable[Any]) -> Iterator[Any]:
-        for step in steps:
-            if self._deadline is not None and time.monotonic() > self._deadline:
-                self._is_late = True
-                return
-            yield step
-
-    def _count_late(self) -> None:
-        result = self.result
-        settled = result.files_unified + result.files_already + len(result.errors)
-        settled += sum(
-            count for reason, count in result.skipped.items() if reason not in scan.FOLDER_REASONS
-        )
-        result.skip(TIME_IS_UP, max(0, result.files_seen - settled))
-
 
 _Group = tuple[list[str], list[File], bool]
 """Objects and files of one content, and whether these files are the first piece of their group."""
@@ -308,33 +272,6 @@ def _next_walk(
         return None
     tree, starts = todo.popleft()
     return ("walk", (tree, starts)), tree
-
-
-def _batch(files: Iterable[File]) -> Iterator[list[File]]:
-    batch: list[File] = []
-    size = 0
-    for file in files:
-        batch.append(file)
-        size += file.size
-        if len(batch) >= _FILES_A_JOB or size >= _BYTES_A_JOB:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def _batch_groups(groups: Iterable[_Group]) -> Iterator[list[_Group]]:
-    batch: list[_Group] = []
-    count = size = 0
-    for group in groups:
-        batch.append(group)
-        count += len(group[1])
-        size += group[1][0].size * len(group[1])
-        if count >= _FILES_A_JOB or size >= _BYTES_A_JOB:
-            yield batch
-            batch, count, size = [], 0, 0
-    if batch:
-        yield batch
 
 
 class _Catalog:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from itertools import chain, groupby
 from operator import attrgetter
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 from vstore import apply, extents, index, reading, scan, syscalls
 from vstore.catalog import Catalog, ToRead
@@ -21,6 +21,7 @@ from vstore.hold import find_linger_s
 from vstore.member import Member
 from vstore.order import Options, Target, UnifyResult
 from vstore.original import find_original_pools, load_members
+from vstore.pace import TimeBudget, batches
 from vstore.plan import (
     NAMES_A_BATCH,
     OBJECTS_A_BATCH,
@@ -48,8 +49,6 @@ _FOLDERS_A_WALK: Final = 500
 _LINKERS: Final = {"btrfs": 1}  # measured: a second one makes btrfs slower, ext4 and xfs faster
 _SYNC_MARGIN_NS: Final = 10**9  # a file's clock may lag behind ours by some ticks
 
-Step = TypeVar("Step")
-
 
 class Run:
     """The state of a run."""
@@ -70,10 +69,7 @@ class Run:
         self._progress = progress
         self._result = result
         self._stack = stack
-        self._deadline = (
-            None if options.time_budget_s is None else time.monotonic() + options.time_budget_s
-        )
-        self._is_late = False
+        self._budget = TimeBudget(options.time_budget_s)
         self._objects = pool.load_numbers() if pool else InodeNumbers(array("Q"))
         references = {number for target in targets for number in target.references}
         self._trees = [
@@ -110,8 +106,8 @@ class Run:
         else:
             self._unify(crew, self._pool, workers)
         self._result.bytes_reclaimed = self._tally.reclaimed.bytes
-        if self._is_late:
-            self._tally.count_late()
+        if self._budget.is_spent:
+            self._result.count_late()
 
     def _unify(self, crew: Crew, pool: Pool, workers: int) -> None:
         linkers = min(workers, _LINKERS.get(self._file_system, workers))
@@ -210,7 +206,7 @@ class Run:
         """Work on the groups of at most `at_once` names; returns the rows to plan again."""
         self._progress.phase("unify", self._catalog.count_chosen())
         used = self._tally.load_used()
-        groups = self._until_deadline(self._catalog.list_groups(at_once))
+        groups = self._budget.spend_on(self._catalog.list_groups(at_once))
         jobs = (self._group_job(batch, synced_ns, used) for batch in _batch_groups(groups))
         again: list[int] = []
         for members, (answers, left, attacks) in crew.map(jobs, limit=linkers):
@@ -244,10 +240,15 @@ class Run:
         if not self._catalog.has_contents():
             return
         self._progress.phase("read", self._catalog.count_unread(), "bytes")
-        unread = self._until_deadline(self._catalog.list_unread())
+        unread = batches(
+            self._budget.spend_on(self._catalog.list_unread()),
+            count=_FILES_A_READ,
+            size=_BYTES_A_READ,
+            weigh=lambda file: (1, file.size),
+        )
         jobs = (
             (("read", [(file.tree, file.path, file.name, file[4:8]) for file in batch]), batch)
-            for batch in _batch_reads(unread)
+            for batch in unread
         )
         for files, answers in crew.map(jobs):
             self._take_contents(files, answers)
@@ -323,7 +324,7 @@ class Run:
         self._progress.phase("link")
         frozen = any(target.held.is_running for target in self._targets)
         names = _NAMES_A_FROZEN_BATCH if frozen else NAMES_A_BATCH
-        batches = self._until_deadline(batch_slots(self._plan(), names=names))
+        batches = self._budget.spend_on(batch_slots(self._plan(), names=names))
         again: list[int] = []
         jobs = (self._link_job(slots, synced_ns) for slots in batches)
         for slots, (answers, attacks) in crew.map(jobs, limit=linkers):
@@ -349,14 +350,6 @@ class Run:
             for slot in slots
         ]
         return ("link", (synced_ns, self._load_folders(folders), plain)), slots
-
-    def _until_deadline(self, steps: Iterable[Step]) -> Iterator[Step]:
-        """Give the steps on until the time is up; what is not begun then waits for the next run."""
-        for step in steps:
-            if self._deadline is not None and time.monotonic() > self._deadline:
-                self._is_late = True
-                return
-            yield step
 
 
 class _UsedPairs:
@@ -406,18 +399,5 @@ def _batch_groups(
         if size >= _BYTES_A_READ:
             yield batch
             batch, names, size = [], 0, 0
-    if batch:
-        yield batch
-
-
-def _batch_reads(files: Iterable[ToRead]) -> Iterator[list[ToRead]]:
-    batch: list[ToRead] = []
-    size = 0
-    for file in files:
-        batch.append(file)
-        size += file.size
-        if len(batch) >= _FILES_A_READ or size >= _BYTES_A_READ:
-            yield batch
-            batch, size = [], 0
     if batch:
         yield batch

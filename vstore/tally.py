@@ -5,7 +5,7 @@ from array import array
 from collections.abc import Iterable, Sequence
 from typing import Final
 
-from vstore import apply, reading, scan
+from vstore import apply, reading
 from vstore.catalog import Catalog, ToRead
 from vstore.index import DigestRow
 from vstore.member import Member
@@ -13,7 +13,6 @@ from vstore.order import Target, UnifyResult
 from vstore.plan import Reclaimed
 from vstore.pool import InodeNumbers
 
-TIME_IS_UP: Final = "time-budget"
 _ROWS_AT_ONCE: Final = 20_000
 
 
@@ -84,14 +83,6 @@ class Tally:
         """Write what is remembered to the index."""
         self._catalog.keep_digests(self._leftover)
         self._leftover.clear()
-
-    def count_late(self) -> None:
-        """What the time was too short for: every file that is nothing else."""
-        result = self.result
-        settled = result.files_unified + result.files_already + len(result.errors)
-        folders = scan.FOLDER_REASONS
-        settled += sum(times for reason, times in result.skipped.items() if reason not in folders)
-        result.skip(TIME_IS_UP, max(0, result.files_seen - settled))
 
     def note_error(self, tree: int, path: bytes, reason: str) -> None:
         root = os.fspath(self._targets[tree].held.guest.root)

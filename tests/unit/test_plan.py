@@ -49,7 +49,7 @@ def plan(
     used: Iterable[tuple[int, int]] = (),
     rules: Rules = _PLAIN,
 ) -> list[Slot]:
-    return list(plan_group(take_turns(members), objects, frozenset(used), rules))
+    return list(plan_group(take_turns(list(members)), objects, frozenset(used), rules))
 
 
 def shape(slots: Iterable[Slot]) -> list[tuple[int, int, list[int]]]:

@@ -28,14 +28,7 @@ from vstore.targets import choose_guests, choose_pool
 @click.command("vdu")
 @cli.guest_arguments
 @click.option("--all", "everyone", is_flag=True, help="Every configured guest; so is naming none.")
-@click.option(
-    "--root",
-    "roots",
-    metavar="DIR",
-    multiple=True,
-    type=click.Path(path_type=Path),
-    help="A tree that is no configured guest; may be repeated.",
-)
+@cli.roots_option
 @cli.pool_option
 @click.option("--inodes", is_flag=True, help="Show how many inodes, too.")
 @click.option("--bytes", "exact", is_flag=True, help="Show sizes in bytes, not rounded.")

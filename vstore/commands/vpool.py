@@ -100,14 +100,7 @@ def _state_as_table(pool: Pool, figures: audit.PoolFigures, links: int, state: P
 @command.command("verify")
 @cli.pool_option
 @click.option("--repair", "wants_repair", is_flag=True, help="Put right what can be put right.")
-@click.option(
-    "--root",
-    "roots",
-    metavar="DIR",
-    multiple=True,
-    type=click.Path(path_type=Path),
-    help="A tree that is no configured guest and at rest; may be repeated.",
-)
+@cli.roots_option
 @cli.json_option
 @cli.verbose_option
 def verify_command(

@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +32,7 @@ HARDLINK, REFLINK, AUTO = "hardlink", "reflink", "auto"
 @click.command("vunify")
 @cli.guest_arguments
 @click.option("--all", "everyone", is_flag=True, help="Every configured guest.")
-@click.option(
-    "--root",
-    "roots",
-    metavar="DIR",
-    multiple=True,
-    type=click.Path(path_type=Path),
-    help="A tree that is no configured guest; may be repeated.",
-)
+@cli.roots_option
 @cli.pool_option
 @click.option("-n", "--dry-run", is_flag=True, help="Say what would be reclaimed; change nothing.")
 @click.option("--offline", is_flag=True, help="Promise that nothing writes to the --root trees.")
@@ -177,23 +170,13 @@ def _share_blocks(
     done = reflink.reflink(
         targets,
         campaign.pool,
-        reflink.Options(
-            options.min_size,
-            options.jobs,
-            None if budget is None else max(0.0, budget - result.seconds),
-            options.dry_run,
+        replace(
+            options, time_budget_s=None if budget is None else max(0.0, budget - result.seconds)
         ),
         progress,
         also=also,
     )
-    result.files_seen += done.files_seen
-    result.files_unified += done.files_unified
-    result.files_already += done.files_already
-    result.bytes_reclaimed += done.bytes_reclaimed
-    for reason, count in done.skipped.items():
-        result.skip(reason, count)
-    result.errors += done.errors
-    result.seconds += done.seconds
+    result.add(done)
 
 
 def _say_ways(campaign: Campaign) -> list[tuple[str, str]]:
