@@ -140,13 +140,15 @@ class InodeNumbers:
 class Pool:
     """Shared inodes of one file system.
 
-    .pool/                  0700, root ├── format              version; an unknown one is
-    refused ├── turn, lock          flocks: everybody passes `turn` before `lock` (shared:
-    unify; exclusive: reclaim) ├── windows             byte ranges of it are the locks of
-    objects, by inode number ├── index.sqlite        digest cache; can be thrown away at any
-    time ├── stage/<random>/     one folder per running program, under a flock of its own:
-    spares and intents ├── quarantine/         objects whose bytes or state can no longer be
-    trusted └── objects/3f/...      frozen; nlink - 1 is how many guest names use one
+    .pool/                  0700, root
+    ├── format              version; an unknown one is refused
+    ├── turn, lock          flocks: everybody passes `turn` before `lock`, which is shared to
+    │                       unify and exclusive to reclaim
+    ├── windows             byte ranges of it are the locks of objects, by inode number
+    ├── index.sqlite        digest cache; can be thrown away at any time
+    ├── stage/<random>/     a folder per running program, under its flock: spares, intents
+    ├── quarantine/         objects whose bytes or state can no longer be trusted
+    └── objects/3f/...      frozen; nlink - 1 is how many guest names use one
     """
 
     def __init__(self, path: Path, fd: int) -> None:
@@ -357,6 +359,13 @@ def _check_format(path: Path, fd: int) -> None:
             found = os.read(format_fd, 256).decode(errors="replace")
         finally:
             os.close(format_fd)
+    except FileNotFoundError as error:
+        os.close(fd)
+        raise WrongUsage(
+            f"{path}: no pool here: it has no file `format`",
+            hint="name the right folder with --pool DIR; where vunify is just making it, run this "
+            "again",
+        ) from error
     except OSError as error:
         os.close(fd)
         raise PoolCorrupt(
@@ -393,7 +402,8 @@ def _make(path: Path) -> None:
 
 def _not_made(path: Path, error: OSError) -> ToolError:
     kind = NoSpace if error.errno in (errno.ENOSPC, errno.EDQUOT) else WrongUsage
-    return kind(f"{path}: the pool cannot be made: {error.strerror}")
+    hint = "free some space" if kind is NoSpace else "name another folder with --pool DIR"
+    return kind(f"{path}: the pool cannot be made: {error.strerror}", hint=hint)
 
 
 def _write_format(fd: int) -> None:

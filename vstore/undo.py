@@ -7,7 +7,7 @@ objects take names away. A worker holds the windows, this process keeps its leas
 
 import os
 import socket
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
@@ -19,11 +19,15 @@ from vstore.exclude import NOTHING
 from vstore.hold import Held, find_linger_s
 from vstore.pool import InodeNumbers, Pool
 from vstore.progress import SILENT, Progress
+from vstore.quarantine import load_quarantined
 from vstore.recovery import recover, settle_stage
 from vstore.window import Windows
 from vstore.workers import Crew, Worker
 
 _NAMES_A_JOB: Final = 100
+_IN_QUARANTINE: Final = (
+    "stays shared: the pool found its content changed; vpool verify --repair looks for a good copy"
+)
 
 
 class Holder(Protocol):
@@ -90,7 +94,7 @@ def list_files(root_fd: int) -> Iterator[tuple[bytes, list[scan.FileRow]]]:
 
 
 def list_shared_names(
-    root_fd: int, objects: InodeNumbers
+    root_fd: int, objects: Container[int]
 ) -> Iterator[tuple[bytes, list[scan.FileRow]]]:
     """As `list_files`, the names of objects alone."""
     for path, rows in list_files(root_fd):
@@ -122,8 +126,8 @@ class _BreakHolder:
 def undo(guests: Sequence[Held], pool: Pool, progress: Progress = SILENT) -> UndoResult:
     """Give the guests private copies of everything that is shared with the pool.
 
-    Raises NoSpace before anything is done when the file system has no room for all of them;
-    PoolBusy.
+    Names that lead to an inode in quarantine stay as they are and count as errors. Raises NoSpace
+    before anything is done when the file system has no room for all of them; PoolBusy.
     """
     result = UndoResult()
     with pool.share():
@@ -136,6 +140,7 @@ def undo(guests: Sequence[Held], pool: Pool, progress: Progress = SILENT) -> Und
             for (guest, path, rows), outcomes in crew.map(_undo_jobs(guests, objects)):
                 _count(result, guest, path, rows, outcomes)
                 progress.advance(len(rows))
+        _note_quarantined(result, guests, load_quarantined(pool))
     return result
 
 
@@ -160,6 +165,15 @@ def _count(
         else:
             full = os.path.join(os.fsencode(guest.guest.root), path, row[0])  # noqa: PTH118 - bytes
             result.errors.append((os.fsdecode(full), outcome))
+
+
+def _note_quarantined(
+    result: UndoResult, guests: Sequence[Held], quarantined: frozenset[int]
+) -> None:
+    """A copy of what cannot be trusted would look like good content from then on."""
+    for guest in guests if quarantined else ():
+        for path, rows in list_shared_names(guest.fd, quarantined):
+            _count(result, guest, path, rows, [_IN_QUARANTINE] * len(rows))
 
 
 def _check_space(guests: Sequence[Held], pool: Pool, objects: InodeNumbers) -> int:

@@ -15,6 +15,7 @@ import errno
 import fcntl
 import logging
 import os
+import resource
 import secrets
 import socket
 import stat
@@ -47,7 +48,7 @@ CGROUP_INTENT: Final = b"cgroup-"
 
 _FLAGS: Final = struct.Struct("=II")
 _NAMES_AN_INTENT: Final = 40  # a symlink's text has at most 1,024 bytes on xfs
-_LINGER_LIMIT: Final = 512
+_LINGER_LIMIT: Final = 4096
 _PUT_BACK_S: Final = 1.0
 _SHORT_BREAK_TIME_S: Final = 10
 
@@ -97,6 +98,7 @@ class Windows:
         self._ask_linger_s = linger_s if callable(linger_s) else lambda: linger_s
         self._longest_linger_s = _find_longest_linger()
         self._linger_s = 0.0
+        self._most_lingering = find_linger_limit()
         self._lingering: deque[tuple[float, bytes, list[int]]] = deque()
         self._unsettled: set[int] = set()  # thawed, or frozen while somebody still waits
         self._kept: set[int] = set()  # of them those whose batch is over
@@ -217,7 +219,7 @@ class Windows:
         Called before a guest is held still, so that `guard` need not wait then.
         """
         self._expire(time.monotonic())
-        while sum([len(fds) for _, _, fds in self._lingering]) > _LINGER_LIMIT:
+        while sum([len(fds) for _, _, fds in self._lingering]) > self._most_lingering:
             self._wait_and_expire()
 
     def idle(self) -> float | None:
@@ -336,6 +338,11 @@ class Windows:
     def _tell(self, message: bytes, fds: Sequence[int]) -> None:
         if self._keeper is not None:
             tell(self._keeper, message, fds)
+
+
+def find_linger_limit() -> int:
+    """How many leases may linger: this process and its keeper have a descriptor for each."""
+    return min(_LINGER_LIMIT, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 8)
 
 
 def _find_longest_linger() -> float:

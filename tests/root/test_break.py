@@ -121,6 +121,17 @@ def test_a_quarantined_file_is_left_to_repair(site: Site, tool: Tool) -> None:
 
 
 @on("ext4")
+def test_undo_names_what_it_leaves_in_quarantine(site: Site, tool: Tool) -> None:
+    web, _ = _add_unified(site, tool)
+    spoil(web / "etc/conf")
+    assert tool("vpool", "verify", "--repair").returncode == 5
+    done = tool("vunify", "--undo", "web")
+    assert done.returncode == 20, done.stderr
+    assert f"{web}/etc/conf: stays shared: " in done.stderr
+    assert not is_immutable(web / "bin/ping")
+
+
+@on("ext4")
 def test_odd_names_and_relative_paths(
     site: Site, tool: Tool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -47,10 +47,10 @@ def test_a_lease_lingers_for_those_who_come_late(shared: Shared) -> None:
         began = monotonic()
         with windows.guard([fd]), windows.thawed(fd):
             pass
-        assert leases_on(shared.number) == 1
+        assert leases_on(shared.object) == 1
         windows.close()
         assert monotonic() - began >= 0.3
-        assert leases_on(shared.number) == 0
+        assert leases_on(shared.object) == 0
 
 
 @_one
@@ -71,7 +71,7 @@ def test_a_lease_lingers_no_longer_though_its_holder_has_a_long_job(site: Site) 
             answers = list(hand.serve(("read", [(0, b"", b"large", key_of(status))])))
             assert answers[0][0][0] == READ
             assert monotonic() - began > 0.3, "the job is too short to show anything"
-            assert leases_on(shared.number) == 0
+            assert leases_on(shared.object) == 0
 
 
 @_one
@@ -110,14 +110,16 @@ def test_who_arrives_at_the_lease_after_the_freeze_does_not_get_through_at_its_e
 
 
 @_one
-def test_the_queue_of_lingering_leases_is_bounded_and_never_cut_short(site: Site) -> None:
+def test_the_queue_of_lingering_leases_is_bounded_and_never_cut_short(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(window, "_LINGER_LIMIT", 512)
     linger_s = 0.4
     began: dict[int, float] = {}
     with shared_file(site, "0") as first:
-        numbers = [first.number]
         for number in range(1, 150):
-            with shared_file(site, str(number), b"%d" % number * 20) as more:
-                numbers.append(more.number)
+            with shared_file(site, str(number), b"%d" % number * 20):
+                pass
         paths = [site.root("web") / str(number) for number in range(150)]
         with own_windows(first.pool, linger_s=linger_s) as (windows, keeper, _):
             for turn in range(6):
@@ -127,8 +129,8 @@ def test_the_queue_of_lingering_leases_is_bounded_and_never_cut_short(site: Site
                     began[turn] = monotonic()
                 keeper.drain()
                 held = sum(len(group) for _, _, group in windows._lingering)
-                assert held <= window._LINGER_LIMIT + len(paths)
+                assert held <= window.find_linger_limit() + len(paths)
             windows.close()
             # Six batches of 150 are more than the queue takes at a time, so the last ones waited.
             assert monotonic() - began[0] >= 2 * linger_s
-        assert [leases_on(number) for number in numbers[:5]] == [0] * 5
+        assert [leases_on(path) for path in paths[:5]] == [0] * 5

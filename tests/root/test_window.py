@@ -112,11 +112,11 @@ def test_inside_a_window_lease_and_intent_are_there_and_afterwards_gone(shared: 
             assert is_immutable(shared.object)
             with windows.thawed(fd):
                 assert not is_immutable(shared.object)
-                assert leases_on(shared.number) == 1
+                assert leases_on(shared.object) == 1
                 assert [os.readlink(path) for path in _left(shared)] == [str(shared.number)]
             assert is_immutable(shared.object)
         assert _left(shared) == []
-    assert leases_on(shared.number) == 0
+    assert leases_on(shared.object) == 0
     assert find_faults(shared.pool.path) == []
 
 
@@ -131,7 +131,7 @@ def test_a_block_that_fails_leaves_the_object_frozen(shared: Shared) -> None:
         with pytest.raises(ZeroDivisionError), windows.guard([fd]), windows.thawed(fd):
             raise ZeroDivisionError
     assert find_faults(shared.pool.path) == []
-    assert leases_on(shared.number) == 0
+    assert leases_on(shared.object) == 0
 
 
 def test_windows_of_two_programs_on_one_object_follow_each_other(shared: Shared) -> None:
@@ -375,7 +375,7 @@ def test_the_holder_is_killed_in_a_window_and_the_keeper_closes_it(shared: Share
             assert not waits_in_lease(process.pid)
     assert shared.is_untouched()
     assert find_faults(shared.pool.path) == []
-    assert leases_on(shared.number) == 0
+    assert leases_on(shared.object) == 0
 
 
 @pytest.mark.parametrize("change", _CHANGES)
@@ -435,7 +435,7 @@ def test_the_keeper_is_killed_and_the_holder_closes_its_window_and_stops(shared:
         assert process.poll() is None
         wait_for(lambda: not Path(f"/proc/{holder}").exists())
     assert shared.is_untouched()
-    assert leases_on(shared.number) == 0
+    assert leases_on(shared.object) == 0
 
 
 @contextmanager
@@ -478,7 +478,7 @@ def test_without_a_keeper_no_window_is_opened(shared: Shared) -> None:
         with pytest.raises(PoolBusy), windows.guard([fd]), windows.thawed(fd):
             raise AssertionError("a window was opened")
     assert is_immutable(shared.object)
-    assert leases_on(shared.number) == 0
+    assert leases_on(shared.object) == 0
 
 
 @pytest.mark.parametrize("name", ["SIGHUP", "SIGTERM", "SIGTSTP", "SIGINT"])
