@@ -101,6 +101,12 @@ install_venv() {
     .venv/bin/python -m pip install --quiet --config-settings editable_mode=compat \
         --editable '.[dev]' >"$log" 2>&1 || stop_with_log "pip cannot install the project" \
         "it asks the package index that pip's configuration gives: does that answer from here?"
+    # The other package named `xattr`, for the tests: not beside pyxattr, whose module it would hide.
+    other=$(.venv/bin/python -c "import tomllib
+print(tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['xattr'][0])")
+    .venv/bin/python -m pip install --quiet --upgrade --target .venv/other-xattr "$other" \
+        >"$log" 2>&1 || stop_with_log "pip cannot install $other" \
+        "it asks the package index that pip's configuration gives: does that answer from here?"
     echo "$wanted" >.venv/stamp
 }
 
