@@ -8,6 +8,7 @@ of the Markdown.
 """
 
 import argparse
+import compileall
 import logging
 import os
 import shutil
@@ -18,6 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final, NoReturn
 
+import vstore
 from bench import cases, machine, report
 from bench.cases import Options, Results
 from bench.figures import Target, scale_targets, unify_targets
@@ -102,6 +104,7 @@ def _check(options: argparse.Namespace) -> None:
 
 def _run(options: argparse.Namespace) -> None:
     load = os.getloadavg()[0]
+    compileall.compile_dir(Path(vstore.__file__).parent, quiet=1)  # as after a user's first run
     programs = _chosen_programs(options)
     wanted = Options(
         size=options.size,

@@ -25,6 +25,11 @@ _PSS_EVERY: Final = 8
 
 TIMEOUT_EXIT: Final = 124
 
+_ENVIRONMENT: Final = {
+    name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"
+}
+"""Without what would make every start of a Python program compile it again."""
+
 
 @dataclass(frozen=True, slots=True)
 class Timing:
@@ -62,6 +67,7 @@ def run_timed(command: Sequence[str], *, cwd: Path, timeout_s: float, keep_outpu
             stdout=said if keep_output else subprocess.DEVNULL,
             stderr=complaint,
             process_group=0,
+            env=_ENVIRONMENT,
         )
         usage, is_late = _wait(process, timeout_s)
         wall_s = perf_counter() - start
