@@ -2,6 +2,7 @@
 
     python -m bench unify                 real guests: times, bytes reclaimed, memory
     python -m bench scale --kind mix      seeded trees: 100,000 and 1,000,000 files
+    python -m bench start --repeat 20     one guest: `vserver` beside systemd-nspawn, runc, ...
 
 Reports go to bench/reports/ as Markdown and JSON. A text NAME.notes.md beside them becomes part
 of the Markdown.
@@ -15,12 +16,14 @@ import shutil
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final, NoReturn
 
+import vrun
 import vstore
-from bench import cases, machine, report
+from bench import cases, machine, report, startreport, starts
 from bench.cases import Options, Results
 from bench.figures import Target, scale_targets, unify_targets
 from bench.images import FILE_SYSTEMS, BenchError, enter_mount_namespace
@@ -33,6 +36,7 @@ log = logging.getLogger("bench")
 
 _REPORTS: Final = Path(__file__).parent / "reports"
 _CASES: Final = {"unify": cases.unify, "scale": cases.scale}
+_START: Final = "start"
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -44,7 +48,10 @@ def main(arguments: Sequence[str]) -> int:
     try:
         _check(options)
         enter_mount_namespace(list(arguments))
-        _run(options)
+        if options.case == _START:
+            _run_starts(options)
+        else:
+            _run(options)
     except BenchError as error:
         log.error("bench: %s", error)
         return 1
@@ -63,7 +70,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         "python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("case", choices=sorted(_CASES))
+    add("case", choices=sorted([*_CASES, _START]))
     add("--size", choices=("small", "full"), default="full")
     add("--repeat", type=int, default=3, metavar="N", help="rounds in turn (default 3)")
     add("--fs", choices=FILE_SYSTEMS, default="xfs", help="file system of the trees (default xfs)")
@@ -80,7 +87,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         choices=sorted(KINDS),
         help="scale: these trees (default: equal, different, mix)",
     )
-    names = [program.name for program in PROGRAMS]
+    names = [program.name for program in (*PROGRAMS, *starts.STARTERS)]
     add("--program", action="append", choices=names, help="these programs only")
     add(
         "--timeout",
@@ -95,7 +102,8 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 def _check(options: argparse.Namespace) -> None:
     if os.geteuid():
         raise BenchError("it mounts file systems and links as root does: run it as root")
-    needed = ["unshare", "mount", f"mkfs.{options.fs}"]
+    needed = ["unshare", "mount"]
+    needed += ["busybox"] if options.case == _START else [f"mkfs.{options.fs}"]
     needed += ["debootstrap", "tar"] if options.case == "unify" else []
     missing = [name for name in needed if shutil.which(name) is None]
     if missing:
@@ -130,6 +138,29 @@ def _run(options: argparse.Namespace) -> None:
         notes=_notes(options.out / f"{name}.notes.md"),
     )
     report.write(made, options.out, name)
+    sys.stdout.write(report.show_targets(made.targets))
+
+
+def _run_starts(options: argparse.Namespace) -> None:
+    load = os.getloadavg()[0]
+    for folder in (*vstore.__path__, *vrun.__path__):
+        compileall.compile_dir(folder, quiet=1)
+    chosen = [one for one in starts.STARTERS if one.name in (options.program or [one.name])]
+    work = options.work or scratch()
+    installed = [one for one in chosen if one.find() is not None]
+    results = starts.measure(installed, options.repeat, work)
+    made = startreport.StartReport(
+        day=datetime.now(UTC).date().isoformat(),
+        rounds=options.repeat,
+        machine=replace(
+            machine.look(file_system="", load_before=load), file_system="that of the scratch folder"
+        ),
+        programs=[one.list() for one in chosen],
+        results=results,
+        targets=starts.targets(results),
+        notes=_notes(options.out / f"{_START}.notes.md"),
+    )
+    startreport.write(made, options.out, _START)
     sys.stdout.write(report.show_targets(made.targets))
 
 

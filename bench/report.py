@@ -97,9 +97,9 @@ def as_markdown(report: Report) -> str:
         "## Targets\n",
         show_targets(report.targets),
         "## Machine\n",
-        _machine(report.machine),
+        show_machine(report.machine),
         "## Programs\n",
-        _programs(report.programs),
+        show_programs(report.programs),
         *([] if report.ledger is None else ["## Trees\n", _ledger(report.ledger)]),
         *(part for data in _data_sets(report.runs) for part in _data_part(report, *data)),
     ]
@@ -122,7 +122,7 @@ def show_targets(targets: Iterable[Target]) -> str:
     return table(["target", "wanted", "reached", "unit", "met"], rows)
 
 
-def _machine(machine: Machine) -> str:
+def show_machine(machine: Machine) -> str:
     before, after = machine.load
     facts = [
         ["processor", machine.processor],
@@ -137,7 +137,7 @@ def _machine(machine: Machine) -> str:
     return table(["fact", "value"], facts)
 
 
-def _programs(programs: Iterable[Listed]) -> str:
+def show_programs(programs: Iterable[Listed]) -> str:
     rows = [
         [
             program.name,

@@ -10,17 +10,18 @@ target=${1:?"usage: bench/setup.sh demo|test|lint|bench|test-vm|all"}
 
 # pyxattr comes as source, hence the compiler.
 venv="python3-venv python3-dev gcc libc6-dev"
-guests="debootstrap debian-archive-keyring zstd e2fsprogs mount util-linux"
+guests="debootstrap debian-archive-keyring zstd e2fsprogs mount util-linux libseccomp2"
 filesystems="xfsprogs btrfs-progs acl attr libcap2-bin"
-rivals="jdupes rdfind"
+contexts="busybox-static iproute2 openssh-client"
+rivals="jdupes rdfind systemd-container bubblewrap runc"
 machine="qemu-system-x86"
 case $target in
     lint) packages=$venv ;;
     demo) packages="$venv $guests" ;;
-    test) packages="$venv $guests $filesystems" ;;
-    bench) packages="$venv $guests $filesystems $rivals" ;;
-    test-vm) packages="$venv $guests $filesystems $machine" ;;
-    all) packages="$venv $guests $filesystems $rivals $machine" ;;
+    test) packages="$venv $guests $filesystems $contexts" ;;
+    bench) packages="$venv $guests $filesystems $contexts $rivals" ;;
+    test-vm) packages="$venv $guests $filesystems $contexts $machine" ;;
+    all) packages="$venv $guests $filesystems $contexts $rivals $machine" ;;
     *) echo "setup: no such target: $target" >&2; exit 2 ;;
 esac
 

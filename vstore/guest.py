@@ -15,19 +15,16 @@ A tree that is no configured guest has the path for its name.
 """
 
 import fcntl
-import logging
 import os
 import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NewType
 
 from vstore.errors import ConfigInvalid, FormatUnknown, GuestNotFound, NotPermitted, WrongUsage
-
-log = logging.getLogger(__name__)
+from vstore.record import dataclass
 
 GuestName = NewType("GuestName", str)
 """Only `parse_name` makes one."""
@@ -223,7 +220,9 @@ def _listed_guest(name: str) -> Guest | None:
     try:
         return load_guest(name)
     except (GuestNotFound, ConfigInvalid, WrongUsage) as error:
-        log.warning("%s; it is left out", error.message)
+        import logging  # 4 ms that only this warning needs
+
+        logging.getLogger(__name__).warning("%s; it is left out", error.message)
         return None
 
 
@@ -331,6 +330,19 @@ def hold_lock(name: str, *, wait_s: float = 0) -> Iterator[bool]:
     finally:
         fcntl.flock(fd, fcntl.LOCK_UN)  # a forked child may have a copy of the descriptor
         os.close(fd)
+
+
+def take_lock(name: str) -> int | None:
+    """A descriptor with the guest's exclusive lock, close-on-exec; None where another has it.
+
+    The lock lasts until the descriptor and all copies of it are closed. Makes and raises what
+    `hold_lock` does.
+    """
+    fd = _open_lock(rundir() / parse_name(name))
+    if _lock_within(fd, 0):
+        return fd
+    os.close(fd)
+    return None
 
 
 def _open_lock(folder: Path) -> int:

@@ -36,6 +36,7 @@ RESOLVE_NO_SYMLINKS: Final = 0x04
 RESOLVE_BENEATH: Final = 0x08
 RESOLVE_IN_ROOT: Final = 0x10
 _SYS_OPENAT2: Final = 437
+_TRIES: Final = 1000
 
 
 class _OpenHow(ctypes.Structure):
@@ -59,8 +60,18 @@ def openat2(directory_fd: int, path: bytes, *, flags: int, resolve: int) -> int:
     4,095 bytes.
     """
     how = _OpenHow(flags | os.O_CLOEXEC, 0, resolve)
-    result: int = _syscall(_SYS_OPENAT2, directory_fd, path, how, ctypes.sizeof(how))
-    return result
+    # A `..` is uncertain while anybody on the machine renames or mounts; with O_NONBLOCK the same
+    # errno speaks of a lease.
+    tries = 1 if flags & os.O_NONBLOCK else _TRIES
+    while True:
+        tries -= 1
+        try:
+            result: int = _syscall(_SYS_OPENAT2, directory_fd, path, how, ctypes.sizeof(how))
+        except BlockingIOError:
+            if not tries:
+                raise
+        else:
+            return result
 
 
 # --- renameat2(2), syncfs(2)

@@ -19,7 +19,7 @@ _TOP_LEVEL = {".ci", ".gitignore", "Makefile", "README.md", "pyproject.toml"} | 
     "vstore",
 }
 _IMPORTERS = {
-    "click": ("vstore/cli.py", "vstore/commands/"),
+    "click": ("vstore/cli.py", "vstore/commands/", "vrun/commands/"),
     "tqdm": ("vstore/render.py",),
     "ctypes": ("vstore/syscalls.py", "vrun/syscalls.py"),
     "paramiko": ("vstore/copy/session.py",),
@@ -107,6 +107,9 @@ def test_a_package_file_holds_a_docstring_and_at_most_the_version() -> None:
             assert all(isinstance(node, ast.Expr | ast.Assign) for node in tree.body), _name(path)
 
 
+_OF_VRUN = {"vserver"}
+
+
 def _console_scripts() -> dict[str, str]:
     scripts = tomllib.loads((_TOP / "pyproject.toml").read_text())["project"]["scripts"]
     return {str(name): str(target) for name, target in scripts.items()}
@@ -115,7 +118,8 @@ def _console_scripts() -> dict[str, str]:
 @pytest.mark.parametrize("command", sorted(_console_scripts()))
 def test_each_command_has_a_module_of_its_name(command: str) -> None:
     module, _, function = _console_scripts()[command].partition(":")
-    assert module == f"vstore.commands.{command}"
+    package = "vrun" if command in _OF_VRUN else "vstore"
+    assert module == f"{package}.commands.{command}"
     assert callable(getattr(importlib.import_module(module), function))
 
 

@@ -1,0 +1,433 @@
+"""How fast a guest starts, beside other programs that start one: the case `start`.
+
+All start the same tree of busybox in turn. Its init writes a byte to a FIFO as the first thing it
+does: from the command to that byte is the time to the first instruction (of a shell, for all). A
+whole cycle ends when nothing is left: for `vserver` it is the commands `start` and `stop`, for the
+others, which stay in the foreground, one command whose init ends by itself.
+"""
+
+import json
+import logging
+import os
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Final
+
+from bench.figures import MIB, Spread, Target, spread
+from bench.images import BenchError
+from bench.report import Listed
+from tests.fixtures.vservers import grow_busybox
+
+log = logging.getLogger(__name__)
+
+VSERVER: Final = "vserver"
+NSPAWN: Final = "systemd-nspawn"
+MEMORY_LIMIT_MIB: Final = 12
+_TIMEOUT_S: Final = 30.0
+_ONCE: Final = "echo >/mark"
+_STAYS: Final = "echo >/mark; trap 'exit 0' HUP INT TERM; sleep 1000 & wait"
+_ENVIRONMENT: Final = {
+    name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """Where the guest is, and what the programs keep of it."""
+
+    folder: Path
+
+    @property
+    def root(self) -> Path:
+        return self.folder / "base" / "bench"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        names = {"CONFDIR": "conf", "VDIRBASE": "base", "RUNDIR": "run", "LOGDIR": "log"}
+        ours = {f"VSERVER_{key}": os.fspath(self.folder / name) for key, name in names.items()}
+        return {**_ENVIRONMENT, **ours}
+
+
+@dataclass(frozen=True, slots=True)
+class Starter:
+    """One program of the comparison."""
+
+    name: str
+    shown: str
+    """The command as a report shows it."""
+    command: Callable[[Site, str], list[str]]
+    """What starts the guest with this line of a shell as its init."""
+    package: str
+    end: Callable[[Site], list[str]] | None = None
+    """What stops it, for a program that does not stay in the foreground."""
+
+    def find(self) -> str | None:
+        """The path of the program; None where it is not installed."""
+        if self.name == VSERVER:
+            return os.fspath(Path(sys.executable).parent / VSERVER)
+        return shutil.which(self.name)
+
+    def list(self) -> Listed:
+        found = self.find()
+        version = None
+        if found:
+            asked = subprocess.run(
+                [found, "--version"], capture_output=True, text=True, check=False, timeout=30
+            )
+            version = next(iter(asked.stdout.splitlines()), None)
+        return Listed(self.name, self.shown, version, self.package, is_missing=found is None)
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """One guest that was started and ended."""
+
+    program: str
+    round: int
+    first_s: float
+    """From the command to the first instruction of its init."""
+    started_s: float
+    """To the end of that command; the others' is only over with the guest."""
+    cycle_s: float
+    """To the end of the last command."""
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What the processes hold outside a guest that runs, in bytes."""
+
+    program: str
+    round: int
+    processes: int
+    private: int
+    """Of pages that no other process has."""
+    pss: int
+    """Shared pages count by their part."""
+
+
+@dataclass(frozen=True, slots=True)
+class Results:
+    starts: Sequence[Start]
+    memory: Sequence[Memory]
+    refused: dict[str, str]
+    """Programs that are installed and could not start it, and what they said."""
+
+
+# --- the programs
+
+
+def _vserver(site: Site, init: str) -> list[str]:
+    keys = site.folder / "conf/bench/apps/init"
+    keys.mkdir(parents=True, exist_ok=True)
+    (keys / "style").write_text("plain\n")
+    (keys / "cmd.start").write_text(f"/bin/sh\n-c\n{init}\n")
+    vdir = keys.parents[1] / "vdir"
+    if not vdir.is_symlink():
+        vdir.symlink_to(site.root)
+    return [os.fspath(Path(sys.executable).parent / VSERVER), "bench", "start"]
+
+
+def _end_vserver(_: Site) -> list[str]:
+    return [os.fspath(Path(sys.executable).parent / VSERVER), "bench", "stop"]
+
+
+def _nspawn(site: Site, init: str) -> list[str]:
+    options = ["--quiet", "--register=no", "--keep-unit", "--link-journal=no", "--console=pipe"]
+    return [NSPAWN, *options, f"--directory={site.root}", "/bin/sh", "-c", init]
+
+
+def _runc(site: Site, init: str) -> list[str]:
+    bundle = site.folder / "bundle"
+    if not bundle.exists():
+        bundle.mkdir()
+        subprocess.run(["runc", "spec", "--bundle", bundle], check=True)
+    spec = json.loads((bundle / "config.json").read_text())
+    spec["process"] |= {"terminal": False, "args": ["/bin/sh", "-c", init]}
+    spec["root"] = {"path": os.fspath(site.root), "readonly": False}
+    spaces = spec["linux"]["namespaces"]  # the host's network, as the others
+    spec["linux"]["namespaces"] = [space for space in spaces if space["type"] != "network"]
+    (bundle / "config.json").write_text(json.dumps(spec))
+    root = os.fspath(site.folder / "runc")
+    return ["runc", "--root", root, "run", "--bundle", os.fspath(bundle), "bench"]
+
+
+def _lxc(site: Site, init: str) -> list[str]:
+    script = site.root / "init.sh"
+    script.write_text(f"#!/bin/sh\n{init}\n")
+    script.chmod(0o755)
+    config = site.folder / "lxc.conf"
+    config.write_text(
+        f"lxc.rootfs.path = dir:{site.root}\nlxc.uts.name = bench\nlxc.net.0.type = none\n"
+        "lxc.mount.auto = proc sys\nlxc.init.cmd = /init.sh\nlxc.apparmor.profile = unconfined\n"
+    )
+    paths = ["--lxcpath", os.fspath(site.folder / "lxc"), "--rcfile", os.fspath(config)]
+    return ["lxc-start", "--foreground", "--name", "bench", *paths]
+
+
+def _bwrap(site: Site, init: str) -> list[str]:
+    spaces = [f"--unshare-{kind}" for kind in ("pid", "uts", "ipc", "cgroup")]
+    mounts = ["--bind", os.fspath(site.root), "/", "--proc", "/proc", "--dev", "/dev"]
+    return ["bwrap", *spaces, *mounts, "--as-pid-1", "/bin/sh", "-c", init]
+
+
+STARTERS: Final = (
+    Starter(
+        VSERVER,
+        "vserver NAME start; vserver NAME stop",
+        _vserver,
+        "vserver-tools",
+        _end_vserver,
+    ),
+    Starter(
+        NSPAWN,
+        "systemd-nspawn --quiet --register=no --keep-unit --console=pipe --directory=ROOT INIT",
+        _nspawn,
+        "systemd-container",
+    ),
+    Starter("runc", "runc run --bundle BUNDLE NAME", _runc, "runc"),
+    Starter("lxc-start", "lxc-start --foreground --rcfile FILE --name NAME", _lxc, "lxc"),
+    Starter(
+        "bwrap",
+        "bwrap --unshare-{pid,uts,ipc,cgroup} --bind ROOT / --proc /proc --dev /dev "
+        "--as-pid-1 INIT",
+        _bwrap,
+        "bubblewrap",
+    ),
+)
+
+
+# --- measuring
+
+
+def measure(starters: Sequence[Starter], rounds: int, work: Path) -> Results:
+    """Rounds in turn, each in another order than the one before; then one round for memory."""
+    starts: list[Start] = []
+    memory: list[Memory] = []
+    refused: dict[str, str] = {}
+    with _site(starters, work) as site:
+        for number in range(rounds + 1):
+            turn = number % len(starters)
+            for starter in [*starters[turn:], *starters[:turn]]:
+                if starter.name in refused:
+                    continue
+                try:
+                    start = _start_once(starter, site, number)
+                    memory += [_weigh(starter, site, number)] if number else []
+                except BenchError as error:
+                    log.warning("%s: %s", starter.name, error)
+                    refused[starter.name] = str(error)
+                    continue
+                if number:  # the first round only fills the caches
+                    starts.append(start)
+                    log.info(
+                        "%s, round %d: %.1f ms to the first instruction, %.1f ms in all",
+                        *(starter.name, number, start.first_s * 1000, start.cycle_s * 1000),
+                    )
+    return Results(starts, memory, refused)
+
+
+@contextmanager
+def _site(starters: Sequence[Starter], work: Path) -> Iterator[Site]:
+    """A guest of busybox for all programs; however it ends, no guest runs afterwards."""
+    with tempfile.TemporaryDirectory(prefix="bench-start-", dir=work) as folder:
+        site = _make_site(Path(folder))
+        try:
+            yield site
+        finally:
+            for end in [starter.end for starter in starters if starter.end]:
+                command = end(site)
+                subprocess.run(command, env=site.environment, capture_output=True, check=False)
+
+
+def _make_site(folder: Path) -> Site:
+    folder.chmod(0o755)
+    for name in ("conf", "base", "run", "log", "lxc"):
+        (folder / name).mkdir()
+    site = Site(folder)
+    grow_busybox(site.root)
+    (site.root / "sys").mkdir(exist_ok=True)
+    os.mkfifo(site.root / "mark")
+    return site
+
+
+def _start_once(starter: Starter, site: Site, number: int) -> Start:
+    # An init that ends at once is what the others show best; ours is asked to stop.
+    command = starter.command(site, _STAYS if starter.end else _ONCE)
+    with _mark(site) as mark_fd:
+        began = perf_counter()
+        with _running(command, site) as process:
+            _await_mark(mark_fd, process)
+            first_s = perf_counter() - began
+            _check(process)
+            started_s = perf_counter() - began
+            if starter.end:
+                with _running(starter.end(site), site) as stopping:
+                    _check(stopping)
+        return Start(starter.name, number, first_s, started_s, perf_counter() - began)
+
+
+def _weigh(starter: Starter, site: Site, number: int) -> Memory:
+    """What holds a guest up that runs: its monitor, or the program in the foreground."""
+    command = starter.command(site, _STAYS)
+    with _mark(site) as mark_fd, _running(command, site) as process:
+        _await_mark(mark_fd, process)
+        if starter.end:
+            _check(process)
+            state = json.loads((site.folder / "run/bench/state.json").read_text())
+            status = Path(f"/proc/{state['init_pid']}/status").read_text()
+            outside = [int(status.partition("PPid:")[2].split()[0])]
+        else:
+            outside = [pid for pid in _family(process.pid) if _depth(pid) == 1]
+        time.sleep(0.2)  # what it does after the start
+        held = [_held(pid) for pid in outside]
+        private, pss = sum(one[0] for one in held), sum(one[1] for one in held)
+        if starter.end:
+            with _running(starter.end(site), site) as stopping:
+                _check(stopping)
+        else:
+            for pid in _family(process.pid):
+                if _depth(pid) > 1:
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+            process.wait(_TIMEOUT_S)
+    return Memory(starter.name, number, len(outside), private, pss)
+
+
+def _family(pid: int) -> list[int]:
+    """The process and all below it."""
+    found, waiting = [], [pid]
+    while waiting:
+        one = waiting.pop()
+        found.append(one)
+        for path in Path(f"/proc/{one}/task").glob("*/children"):
+            with suppress(OSError):
+                waiting += map(int, path.read_text().split())
+    return found
+
+
+def _depth(pid: int) -> int:
+    """In how many pid namespaces it has a number: 1 is only the host's; 0 where it is gone."""
+    with suppress(OSError):
+        status = Path(f"/proc/{pid}/status").read_text()
+        return len(status.partition("NSpid:")[2].partition("\n")[0].split())
+    return 0
+
+
+def _held(pid: int) -> tuple[int, int]:
+    """Private and proportional bytes; see proc_pid_smaps(5)."""
+    private = pss = 0
+    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]:
+        name, size, *_ = line.split()
+        private += int(size) * 1024 if name.startswith("Private_") else 0
+        pss += int(size) * 1024 if name == "Pss:" else 0
+    return private, pss
+
+
+@contextmanager
+def _mark(site: Site) -> Iterator[int]:
+    fd = os.open(site.root / "mark", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def _running(command: Sequence[str], site: Site) -> Iterator["subprocess.Popen[bytes]"]:
+    with tempfile.TemporaryFile() as said:
+        process = subprocess.Popen(
+            command,
+            cwd="/",
+            env=site.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=said,
+            stderr=said,
+        )
+        try:
+            yield process
+        except BenchError as error:
+            said.seek(0)
+            text = said.read()[-300:].decode(errors="replace").strip()
+            raise BenchError(f"{error}: {text}") from error
+        finally:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+
+
+def _await_mark(mark_fd: int, process: "subprocess.Popen[bytes]") -> None:
+    deadline = perf_counter() + _TIMEOUT_S
+    poller = select.poll()
+    poller.register(mark_fd, select.POLLIN)
+    while not poller.poll(50):
+        if process.poll() is not None and not poller.poll(0):
+            raise BenchError(f"ended with {process.returncode} without a guest")
+        if perf_counter() > deadline:
+            raise BenchError("its init did nothing")
+    os.read(mark_fd, 100)
+
+
+def _check(process: "subprocess.Popen[bytes]") -> None:
+    try:
+        code = process.wait(_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        raise BenchError("has not ended") from None
+    if code:
+        raise BenchError(f"ended with {code}")
+
+
+# --- figures
+
+
+def part_of(starts: Sequence[Start], peer: str, value: Callable[[Start], float]) -> Spread | None:
+    """Our time as a part of the peer's in the same round."""
+    theirs = {start.round: value(start) for start in starts if start.program == peer}
+    ours = [start for start in starts if start.program == VSERVER and start.round in theirs]
+    return spread(value(start) / theirs[start.round] for start in ours)
+
+
+def first_of(start: Start) -> float:
+    return start.first_s
+
+
+def started_of(start: Start) -> float:
+    return start.started_s
+
+
+def cycle_of(start: Start) -> float:
+    return start.cycle_s
+
+
+def targets(results: Results) -> list[Target]:
+    """What was asked for."""
+    first = part_of(results.starts, NSPAWN, first_of)
+    cycle = part_of(results.starts, NSPAWN, cycle_of)
+    private = spread(one.private / MIB for one in results.memory if one.program == VSERVER)
+    return [
+        Target(
+            "first instruction, as a part of systemd-nspawn's",
+            1,
+            first.middle if first else None,
+            "x",
+        ),
+        Target(
+            "whole cycle, as a part of systemd-nspawn's", 1, cycle.middle if cycle else None, "x"
+        ),
+        Target(
+            "memory of the monitor that is its own",
+            MEMORY_LIMIT_MIB,
+            private.middle if private else None,
+            "MiB",
+        ),
+        Target("50 guests by one command, as a part of 50 x systemd-nspawn", 0.5, None, "x"),
+    ]

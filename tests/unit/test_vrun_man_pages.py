@@ -1,0 +1,137 @@
+"""The man pages of vserver say what its click commands and its words say."""
+
+import re
+from pathlib import Path
+
+import click
+import pytest
+
+from tests.fixtures import manpages
+from tests.fixtures.manpages import section, subsection, subsections
+from vrun import enter, names
+from vrun.commands import build, guestcommands, vserver
+from vrun.config_init import STYLES
+
+_PAGES = Path(__file__).parents[2] / "vrun/man"
+_VSERVER = _PAGES / "vserver.8"
+_BUILD = _PAGES / "vserver-build.8"
+
+_CODES = {
+    0,
+    1,
+    guestcommands.EXIT_OPTIONS,
+    guestcommands.EXIT_USAGE,
+    guestcommands.EXIT_STOPPED,
+    names.NoConfiguration.exit_code,
+    enter.JoinFailed.exit_code,
+    enter.CannotExecute.exit_code,
+    enter.CommandNotFound.exit_code,
+    vserver.EXIT_INTERRUPTED,
+}
+
+each_page = pytest.mark.parametrize("page", sorted(_PAGES.iterdir()), ids=lambda page: page.stem)
+
+
+def commands_of(module: object) -> dict[str, click.Command]:
+    """The click commands of a module, by name."""
+    found = [value for value in vars(module).values() if isinstance(value, click.Command)]
+    return {command.name or "": command for command in found}
+
+
+def options_of(command: click.Command) -> set[str]:
+    return {
+        option
+        for parameter in command.params
+        if isinstance(parameter, click.Option)
+        for option in (*parameter.opts, *parameter.secondary_opts)
+    }
+
+
+def unsaid(text: str, options: set[str]) -> list[str]:
+    return sorted(option for option in options if not manpages.says_option(text, option))
+
+
+# --- both pages
+
+
+@each_page
+def test_page_has_its_sections(page: Path) -> None:
+    text = manpages.plain(page)
+    titles = (*manpages.SECTIONS, "COMMANDS", "OPTIONS", "SEE ALSO")
+    assert [title for title in titles if not section(text, title).strip()] == []
+    assert section(text, "NAME").strip().startswith(f"{page.stem} - ")
+    assert section(text, "SYNOPSIS").strip().startswith("vserver")
+
+
+@each_page
+def test_page_is_good_roff(page: Path) -> None:
+    assert manpages.complaints(page) == ""
+
+
+# --- vserver(8)
+
+
+def test_vserver_explains_every_word_and_no_other() -> None:
+    text = manpages.plain(_VSERVER)
+    assert set(subsections(text)) == set(guestcommands.COMMANDS)
+    synopsis = section(text, "SYNOPSIS")
+    missing = [word for word in guestcommands.COMMANDS if not re.search(rf"\b{word}\b", synopsis)]
+    assert missing == []
+
+
+def test_vserver_explains_every_option_where_it_belongs() -> None:
+    text = manpages.plain(_VSERVER)
+    commands = commands_of(guestcommands)
+    shared = options_of(commands.pop("vserver")) | {"--help"}
+    assert unsaid(section(text, "OPTIONS"), shared) == []
+    assert set(manpages.explained_options(section(text, "OPTIONS"))) <= shared
+    for name, command in commands.items():
+        options = options_of(command)
+        if name in guestcommands.COMMANDS:
+            assert unsaid(subsection(text, name), options) == []
+            assert set(manpages.explained_options(subsection(text, name))) <= options
+        else:
+            assert not options, name
+
+
+def test_vserver_explains_every_exit_code() -> None:
+    text = manpages.plain(_VSERVER)
+    assert [code for code in sorted(_CODES) if not manpages.explains_code(text, code)] == []
+    listed = {int(code) for code in re.findall(r"^(\d+)$", section(text, "EXIT STATUS"), re.M)}
+    assert listed == _CODES
+
+
+def test_vserver_names_the_shells_and_variables() -> None:
+    text = manpages.plain(_VSERVER)
+    assert [shell[0] for shell in enter.SHELLS if shell[0] not in subsection(text, "enter")] == []
+    explained = section(text, "ENVIRONMENT")
+    for variable in ("CONFDIR", "VDIRBASE", "RUNDIR", "LOGDIR", "PASS_ENV"):
+        assert f"VSERVER_{variable}\n" in explained
+    assert [style for style in STYLES if style not in section(text, "FILES")] == []
+
+
+# --- vserver-build(8)
+
+
+def test_build_explains_every_method_and_its_options() -> None:
+    text = manpages.plain(_BUILD)
+    assert set(subsections(text)) == set(build.METHODS)
+    for name, command in build.METHODS.items():
+        assert unsaid(subsection(text, name), options_of(command)) == []
+        assert set(manpages.explained_options(subsection(text, name))) <= options_of(command)
+        assert f"build -m {name}" in section(text, "SYNOPSIS")
+
+
+def test_build_explains_every_option_that_methods_share() -> None:
+    text = section(manpages.plain(_BUILD), "OPTIONS")
+    shared = options_of(commands_of(build)["build"]) | {"--help"}
+    assert unsaid(text, shared) == []
+    assert set(manpages.explained_options(text)) <= shared
+    assert [name for name in build.METHODS if name not in text] == []
+    assert [style for style in STYLES if style not in text] == []
+
+
+def test_build_explains_every_exit_code() -> None:
+    text = manpages.plain(_BUILD)
+    assert manpages.explains_code(text, build.EXIT_USAGE)
+    assert [code for code in (0, 1, 130) if not manpages.explains_code(text, code)] == []

@@ -1,0 +1,179 @@
+"""What a guest's first processes do, until one of them executes the guest's init.
+
+The launcher is a child of the monitor in the host's pid namespace. It takes the cgroups and the new
+namespaces, and forks the guest's process 1. That one is still our program, while nothing of the
+guest runs anywhere; it builds the root, takes the limits, the filter and the ceiling of
+capabilities, and executes the guest's init by way of a sealed stub. launch.py has the order.
+"""
+
+import fcntl
+import os
+import sys
+import termios
+from collections.abc import Callable
+from typing import Final, NoReturn
+
+from vrun import capabilities, limits, mounts, namespaces, seccomp, stub, syscalls
+from vrun.cgroup import Group
+from vrun.chain import FarEnd
+from vrun.errors import ToolError
+from vrun.noimports import refuse_imports
+from vrun.spec import GuestSpec
+from vrun.styles import Program, find_in_path
+from vstore.record import dataclass
+
+ALWAYS: Final = frozenset({"mnt", "pid", "uts", "ipc", "cgroup"})
+"""The namespaces that each guest has for itself."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Birth:
+    """All that the first processes need to know; made by the monitor before it forks."""
+
+    spec: GuestSpec
+    group: Group
+    program: Program
+    kind: stub.Kind
+    root: mounts.RootOptions
+    filter: bytes
+    far: FarEnd
+    report_fd: int
+    """Where the stub tells what became of the program."""
+    is_inside: bool = False
+    """The launcher was born in the guest's v2 cgroup."""
+    stub_fd: int | None = None
+    network_fd: int = -1
+    """A network namespace to enter; -1: the host's, or a new one."""
+
+    @property
+    def namespaces(self) -> frozenset[str]:
+        """The new namespaces of the guest."""
+        wanted = set(ALWAYS)
+        if "virt_uptime" in self.spec.flags:
+            wanted.add("time")
+        if self.spec.network == "own":
+            wanted.add("net")
+        return frozenset(wanted)
+
+
+Step = tuple[str, Callable[[Birth], None]]
+
+
+def run(steps: tuple[Step, ...], birth: Birth) -> NoReturn:
+    """Do one step after the other and end this process; what fails is told to the monitor."""
+    try:
+        for name, do in steps:
+            birth.far.step = name
+            do(birth)
+    except (OSError, ToolError) as error:
+        birth.far.fail(error)
+    except Exception as error:  # noqa: BLE001 (a bug of ours must reach a person too)
+        birth.far.fail(ToolError(repr(error)))
+    os._exit(0)
+
+
+# --- the launcher
+
+
+def join_groups(birth: Birth) -> None:
+    birth.group.join(is_inside=birth.is_inside)
+
+
+def take_namespaces(birth: Birth) -> None:
+    namespaces.enter_new(birth.namespaces)
+    if "time" in birth.namespaces:
+        namespaces.zero_uptime()
+    if birth.network_fd >= 0:
+        syscalls.setns(birth.network_fd, syscalls.CLONE_NEWNET)
+
+
+def wait_for_network(birth: Birth) -> None:
+    """The monitor moves devices in and gives them addresses."""
+    if "net" in birth.namespaces:
+        birth.far.say("namespaces")
+        birth.far.wait()
+
+
+def fork_init(birth: Birth, steps: tuple[Step, ...]) -> None:
+    """Fork process 1 of the guest, which does `steps`; the launcher itself ends then."""
+    pid = os.fork()
+    if pid == 0:
+        run(steps, birth)
+    birth.far.say("init", str(pid))
+
+
+# --- process 1 of the guest
+
+
+def set_names(birth: Birth) -> None:
+    syscalls.set_name(b"init")
+    if birth.spec.hostname is not None:
+        syscalls.sethostname(os.fsencode(birth.spec.hostname))
+    if birth.spec.domainname is not None:
+        syscalls.setdomainname(os.fsencode(birth.spec.domainname))
+
+
+def make_stub(birth: Birth) -> None:
+    """As long as our own modules can be found: within the guest's root there are none."""
+    birth.stub_fd = stub.open_sealed(birth.kind)
+
+
+def mount_root(birth: Birth) -> None:
+    console = mounts.enter_root(birth.root)
+    refuse_imports()
+    syscalls.refuse_core_dumps()
+    os.setsid()
+    os.umask(0o022)
+    if console is None:
+        _use_for_stdio(os.open(os.devnull, os.O_RDWR))
+        return
+    birth.far.say("console", fds=(console.master_fd,))
+    os.close(console.master_fd)
+    if birth.kind == "wait":  # rc scripts expect to be able to read /dev/tty
+        fcntl.ioctl(console.slave_fd, termios.TIOCSCTTY, 0)
+    _use_for_stdio(console.slave_fd)
+
+
+def _use_for_stdio(fd: int) -> None:
+    for number in range(3):
+        os.dup2(fd, number)
+    os.close(fd)
+
+
+def take_limits(birth: Birth) -> None:
+    limits.apply(birth.spec)
+
+
+def leave_keyring(birth: Birth) -> None:
+    syscalls.join_session_keyring()
+
+
+def load_filter(birth: Birth) -> None:
+    seccomp.load(birth.filter)
+
+
+def drop_capabilities(birth: Birth) -> None:
+    capabilities.limit(birth.spec.capabilities)
+
+
+def wait_for_word(birth: Birth) -> None:
+    """Nothing of the guest has run yet: from here on the monitor says that it runs."""
+    birth.far.say("ready")
+    birth.far.wait()
+
+
+def execute(birth: Birth) -> None:
+    """Become the stub, which executes the program; this comes back only as an error."""
+    program = birth.program
+    environment = dict((*birth.spec.init.environment, *program.environment))
+    path = find_in_path(program.argv[0], environment.get("PATH", ""))
+    sys.stdout.flush()
+    stub.execute(
+        birth.kind,
+        path,
+        program.argv,
+        environment,
+        name="init",
+        report_fd=birth.report_fd,
+        stub_fd=birth.stub_fd,
+    )

@@ -1,0 +1,262 @@
+"""Copy a tree, or a part of one, into another: what rsync -aHAXSx would do, on one machine.
+
+Both trees are gone through by descriptor: no symlink is followed, no mount point crossed. Data are
+shared with the source where the file system can clone; holes, hard links, extended attributes, ACLs
+and times are kept. Sockets are left out: the programs that listen make them anew.
+"""
+
+import errno
+import os
+import secrets
+import stat
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Final
+
+from vrun.errors import NoSpace, ToolError
+from vstore import extents, inode
+from vstore.descent import Barred, Descent, Entered, Left
+from vstore.progress import SILENT, Progress
+from vstore.scan import open_below
+
+Choice = Callable[[bytes, os.stat_result], bool]
+"""Whether the entry at this path below the source's root is copied; of a folder, with all in it."""
+
+_NEW_FILE: Final = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_NO_ROOM: Final = frozenset((errno.ENOSPC, errno.EDQUOT))
+_ACLS: Final = ("system.posix_acl_access", "system.posix_acl_default")
+
+
+class Copier:
+    """Copies into the folder behind `target_fd`, as often as it is asked to. Entries that are there
+    already are an error unless they `may_replace`; a folder takes in what is copied.
+
+    A folder in the target holds a name for each inode with several until `close`.
+    """
+
+    def __init__(
+        self, target_fd: int, *, may_replace: bool = False, progress: Progress = SILENT
+    ) -> None:
+        self._top_fd = target_fd
+        self._may_replace = may_replace
+        self._progress = progress
+        self._spare = f".vrun-{secrets.token_hex(8)}"
+        os.mkdir(self._spare, 0o700, dir_fd=target_fd)
+        self._spare_fd = os.open(self._spare, inode.OPEN_FOLDER, dir_fd=target_fd)
+        self._fd = -1  # the folder of the target where we are
+        self._above: list[tuple[os.stat_result, dict[bytes, bytes]]] = []
+        self._passed_over = 0  # how deep we are in a folder that was not chosen
+        self.files = 0
+        self.size = 0
+        self.errors: list[tuple[bytes, str]] = []
+
+    def close(self) -> None:
+        """Take away what was only needed on the way."""
+        before = os.fstat(self._top_fd)
+        with os.scandir(self._spare_fd) as entries:
+            for entry in entries:
+                os.unlink(entry.name, dir_fd=self._spare_fd)
+        os.close(self._spare_fd)
+        os.rmdir(self._spare, dir_fd=self._top_fd)
+        os.utime(self._top_fd, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+    def __enter__(self) -> "Copier":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def copy_tree(
+        self, source_fd: int, *, below: bytes = b"", choose: Choice | None = None, barred: int = 0
+    ) -> None:
+        """Copy the folder behind `source_fd` to `below` in the target, where it has its metadata
+        afterwards; folders above it must be there.
+
+        `barred` is the inode number of a folder that is not entered: the target's own, for example.
+        Mount points become empty folders. What cannot be read is noted in `errors`. Raises NoSpace.
+        """
+        self._fd = self._enter_top(below)
+        try:
+            descent = Descent(source_fd, barred_ino=barred)
+            for step in descent.steps():
+                if isinstance(step, Entered):
+                    self._visit(step, descent, below, choose)
+                elif isinstance(step, Barred):
+                    self._note_barred(step, _join(below, descent.path(step.name)))
+                else:
+                    self._leave(step)
+            self.errors += [(_join(below, path), reason) for path, reason in descent.errors]
+        finally:
+            os.close(self._fd)
+
+    def copy_entry(self, source_fd: int, target_fd: int, name: bytes, path: bytes) -> None:
+        """Copy one entry that is no folder from one folder to another. `path` is for messages."""
+        try:
+            status = os.stat(name, dir_fd=source_fd, follow_symlinks=False)
+            self._make(source_fd, target_fd, name, status)
+        except OSError as error:
+            self._note(path, error)
+
+    def check(self) -> None:
+        """Raise ToolError if anything could not be copied."""
+        if not self.errors:
+            return
+        path, reason = self.errors[0]
+        count = len(self.errors)
+        rest = f", and {count - 1} more" if count > 1 else ""
+        raise ToolError(f"{os.fsdecode(path)}: {reason}{rest}")
+
+    # --- the walk
+
+    def _enter_top(self, below: bytes) -> int:
+        if not below:
+            return os.dup(self._top_fd)
+        above, _, name = below.rpartition(b"/")
+        above_fd = open_below(self._top_fd, above)
+        try:
+            with suppress(FileExistsError):
+                os.mkdir(name, 0o700, dir_fd=above_fd)
+            return os.open(name, inode.OPEN_FOLDER, dir_fd=above_fd)
+        finally:
+            os.close(above_fd)
+
+    def _visit(self, step: Entered, descent: Descent, below: bytes, choose: Choice | None) -> None:
+        here = _join(below, descent.path())
+        if self._passed_over or (step.name and choose and not choose(here, step.status)):
+            self._passed_over += 1
+            return
+        if step.name:
+            self._go_down(step.name)
+        for acl in _ACLS:  # a default ACL above would reach all that is made in here
+            with suppress(OSError):
+                os.removexattr(self._fd, acl)
+        self._above.append((step.status, inode.load_xattrs(step.fd)))
+        for entry in step.entries:
+            path = _join(here, os.fsencode(entry.name))
+            try:
+                status = entry.stat(follow_symlinks=False)
+                if choose is None or choose(path, status):
+                    self._make(step.fd, self._fd, os.fsencode(entry.name), status)
+            except OSError as error:
+                self._note(path, error)
+
+    def _go_down(self, name: bytes) -> None:
+        with suppress(FileExistsError):
+            os.mkdir(name, 0o700, dir_fd=self._fd)
+        fd = os.open(name, inode.OPEN_FOLDER, dir_fd=self._fd)
+        os.close(self._fd)
+        self._fd = fd
+
+    def _leave(self, step: Left) -> None:
+        if self._passed_over:
+            self._passed_over -= 1
+            return
+        status, xattrs = self._above.pop()
+        inode.copy_ownership(status, xattrs, self._fd)
+        if step.fd >= 0:
+            fd = os.open("..", inode.OPEN_FOLDER, dir_fd=self._fd)
+            os.close(self._fd)
+            self._fd = fd
+
+    def _note_barred(self, step: Barred, path: bytes) -> None:
+        if self._passed_over:
+            return
+        if step.error.errno != errno.EXDEV:
+            self._note(path, step.error)
+            return
+        status = os.stat(step.name, dir_fd=step.fd, follow_symlinks=False)
+        with suppress(FileExistsError):
+            os.mkdir(step.name, dir_fd=self._fd)
+            place = _place(self._fd, step.name)
+            os.chmod(place, stat.S_IMODE(status.st_mode))  # noqa: PTH101 - we have just made it
+            os.chown(place, status.st_uid, status.st_gid)
+
+    def _note(self, path: bytes, error: OSError) -> None:
+        if error.errno in _NO_ROOM:
+            raise NoSpace(f"{os.fsdecode(path)}: no room for its copy: {error.strerror}")
+        if error.errno != errno.ENOENT:  # what vanishes meanwhile is nobody's error
+            self.errors.append((path, f"cannot be copied: {error.strerror}"))
+
+    # --- entries
+
+    def _make(self, source_fd: int, target_fd: int, name: bytes, status: os.stat_result) -> None:
+        if stat.S_ISSOCK(status.st_mode):
+            return
+        if self._may_replace:
+            with suppress(FileNotFoundError):
+                os.unlink(name, dir_fd=target_fd)
+        group = f"{status.st_dev}-{status.st_ino}"
+        if status.st_nlink > 1 and self._link(group, target_fd, name):
+            return
+        if stat.S_ISREG(status.st_mode):
+            self._copy_file(source_fd, target_fd, name)
+        else:
+            _copy_other(source_fd, target_fd, name, status)
+        if status.st_nlink > 1:
+            os.link(
+                name,
+                group,
+                src_dir_fd=target_fd,
+                dst_dir_fd=self._spare_fd,
+                follow_symlinks=False,
+            )
+        self.files += 1
+        self._progress.advance(1)
+
+    def _link(self, group: str, target_fd: int, name: bytes) -> bool:
+        """Make the name one of those of an inode that was copied; False for a new inode."""
+        try:
+            os.link(
+                group, name, src_dir_fd=self._spare_fd, dst_dir_fd=target_fd, follow_symlinks=False
+            )
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            if error.errno != errno.EMLINK:
+                raise
+            os.unlink(group, dir_fd=self._spare_fd)
+            return False
+        return True
+
+    def _copy_file(self, source_fd: int, target_fd: int, name: bytes) -> None:
+        """Make a copy of a regular file, all of it or none."""
+        old_fd = os.open(name, inode.OPEN_TO_READ, dir_fd=source_fd)
+        try:
+            status = os.fstat(old_fd)
+            fd = os.open(name, _NEW_FILE, 0o600, dir_fd=target_fd)
+            try:
+                extents.copy_data(old_fd, fd, size=status.st_size)
+                inode.copy_ownership(status, inode.load_xattrs(old_fd), fd)
+            except OSError:
+                os.unlink(name, dir_fd=target_fd)
+                raise
+            finally:
+                os.close(fd)
+        finally:
+            os.close(old_fd)
+        self.size += status.st_size
+
+
+def _copy_other(source_fd: int, target_fd: int, name: bytes, status: os.stat_result) -> None:
+    """Symlinks, devices, FIFOs: what cannot be opened."""
+    if stat.S_ISLNK(status.st_mode):
+        os.symlink(os.readlink(name, dir_fd=source_fd), name, dir_fd=target_fd)
+    else:
+        os.mknod(name, stat.S_IFMT(status.st_mode) | 0o600, status.st_rdev, dir_fd=target_fd)
+    source, target = _place(source_fd, name), _place(target_fd, name)
+    os.chown(target, status.st_uid, status.st_gid, follow_symlinks=False)
+    if not stat.S_ISLNK(status.st_mode):
+        os.chmod(target, stat.S_IMODE(status.st_mode))  # noqa: PTH101 - what we have just made
+    for key in os.listxattr(source, follow_symlinks=False):
+        value = os.getxattr(source, key, follow_symlinks=False)
+        os.setxattr(target, key, value, follow_symlinks=False)
+    os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns), follow_symlinks=False)
+
+
+def _place(folder_fd: int, name: bytes) -> bytes:
+    """A path for the calls that take no descriptor."""
+    return b"/proc/self/fd/%d/%s" % (folder_fd, name)
+
+
+def _join(folder: bytes, name: bytes) -> bytes:
+    return folder + b"/" + name if folder and name else folder or name

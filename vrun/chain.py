@@ -1,0 +1,119 @@
+"""How a guest's first processes tell its monitor how far they are, until one executes its init.
+
+A pair of sockets, its far end held by the launcher and by the process it forks, closed when the
+guest's init is executed. Messages, fields apart by NUL bytes:
+
+    namespaces                 the launcher has them, and waits for `go`
+    init PID                   the guest's first process, as the host numbers it
+    console                    with it a descriptor of the console's other side
+    ready                      all is set up; waits for `go`
+    warn TEXT
+    failed STEP REASON HINT    the last message; STEP is empty where REASON says it all
+"""
+
+import os
+from collections import deque
+from collections.abc import Callable
+from typing import Final, NoReturn
+
+from vrun.control import Connection, pair
+from vrun.errors import ToolError
+from vrun.loop import Loop
+from vstore.record import dataclass
+
+GO: Final = "go"
+
+
+class Chain:
+    """The monitor's end."""
+
+    def __init__(self, name: str, loop: Loop, warn: Callable[[str], None]) -> None:
+        """`name` is the guest's, for messages; `warn` gets what went wrong without an end."""
+        self._name = name
+        self._warn = warn
+        self._loop = loop
+        self._near, self.far = pair()
+        self._near.socket.setblocking(False)
+        self._inbox: deque[list[str]] = deque()
+        self._is_open = True
+        self.fds: list[int] = self._near.fds
+        """Descriptors that came with messages, oldest first; whoever takes one closes it."""
+        loop.watch(self._near.socket.fileno(), self._read)
+
+    def close_far(self) -> None:
+        """After the fork: the launcher has its own copy."""
+        self.far.close()
+
+    def expect(self, word: str) -> list[str]:
+        """Wait for the message `word`; the rest of its fields.
+
+        Raises ToolError for what failed over there, or when it died; Aborted.
+        """
+        self._loop.wait(lambda: bool(self._inbox) or not self._is_open)
+        if not self._inbox:
+            raise ToolError(f"guest {self._name}: its start was killed before it could {word}")
+        fields = self._inbox.popleft()
+        if fields[0] != word:
+            raise ToolError(f"guest {self._name}: its start said {fields[0]}, not {word}")
+        return fields[1:]
+
+    def go_on(self) -> None:
+        """Let the process that waits go on."""
+        self._near.send(GO)
+
+    def close(self) -> None:
+        """Nobody waits any more; what came with messages and nobody took is closed."""
+        self._end()
+        self.far.close()
+        self._near.close()
+
+    def _end(self) -> None:
+        if self._is_open:
+            self._is_open = False
+            self._loop.unwatch(self._near.socket.fileno())
+
+    def _read(self) -> None:
+        fields = self._near.receive()
+        match fields:
+            case None:
+                self._end()
+            case ["warn", text]:
+                self._warn(text)
+            case ["failed", step, reason, hint]:
+                self._end()
+                raise ToolError(_failure(self._name, step, reason), hint=hint or None)
+            case _:
+                self._inbox.append(fields)
+
+
+def _failure(name: str, step: str, reason: str) -> str:
+    return f"guest {name}: cannot {step}: {reason}" if step else f"guest {name}: {reason}"
+
+
+@dataclass(slots=True)
+class FarEnd:
+    """What the launcher and the guest's first process say."""
+
+    connection: Connection
+    step: str = ""
+    """What is being done, for `failed`."""
+
+    def say(self, *fields: str, fds: tuple[int, ...] = ()) -> None:
+        """Send a message; end this process if the monitor is gone."""
+        if not self.connection.send(*fields, fds=fds):
+            os._exit(1)
+
+    def wait(self) -> None:
+        """Wait for the monitor's word; end this process if it is gone, and with it the guest."""
+        if self.connection.receive() != [GO]:
+            os._exit(1)
+
+    def fail(self, error: OSError | ToolError) -> NoReturn:
+        """Tell what failed, and end this process."""
+        if isinstance(error, ToolError):
+            self.connection.send("failed", self.step, error.message, error.hint or "")
+        else:
+            place = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str) else ""
+            reason = f"{place}{error.strerror or error}"
+            self.connection.send("failed", self.step, reason, "")
+        os._exit(1)

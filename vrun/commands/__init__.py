@@ -1,0 +1,1 @@
+"""One module per command: parse the arguments, call an operation, show its result."""

@@ -1,0 +1,248 @@
+"""The monitor's side of a guest's first processes: fork them, hear of them, let them go on.
+
+What they do themselves is in birth.py.
+"""
+
+import errno
+import os
+import signal
+import time
+from contextlib import suppress
+from typing import Final, NoReturn
+
+from vrun import birth, ceiling, mounts, outside, seccomp, state, styles, syscalls
+from vrun.chain import Chain, FarEnd
+from vrun.console import Console
+from vrun.context import Context
+from vrun.errors import ToolError
+from vrun.reports import Reports
+from vrun.scripts import Stdio
+from vstore.guest import RunState, rundir, vdirbase
+
+DIES_AT_ONCE_S: Final = 0.03
+"""So long an init is watched that does not come to rest before its start counts as done."""
+_LOOK_S: Final = 0.002
+_SETTLED_LOOKS: Final = 2
+
+_KILL_WAIT_S: Final = 10.0
+
+
+def launch(context: Context, steps: tuple[birth.Step, ...]) -> None:
+    """Fork the launcher, which does `steps`."""
+    chain = Chain(context.spec.name, context.loop, context.audience.warn)
+    context.chain = chain
+    context.reports_fd, report_fd = os.pipe2(os.O_CLOEXEC)
+    try:
+        plan = _plan_birth(context, FarEnd(chain.far), report_fd)
+        context.loop.forget_orphans()
+        kept = {chain.far.socket.fileno(), report_fd, context.network_fd} - {-1}
+        pid, plan.is_inside = plan.group.fork()
+        context.launcher_pid = context.loop.forked(pid, kept)
+        if context.launcher_pid == 0:
+            birth.run(steps, plan)
+    finally:
+        os.close(report_fd)
+        chain.close_far()
+
+
+def _plan_birth(context: Context, far: FarEnd, report_fd: int) -> birth.Birth:
+    spec, rescue = context.spec, context.order.rescue
+    return birth.Birth(
+        spec=spec,
+        group=outside.group_of(context),
+        program=styles.start_program(spec, rescue, context.resolve),
+        kind="exec" if styles.is_pid_one(spec, rescue) else "wait",
+        root=_root_options(context),
+        filter=_load_filter(context),
+        far=far,
+        report_fd=report_fd,
+        network_fd=context.network_fd,
+    )
+
+
+def _load_filter(context: Context) -> bytes:
+    """The guest's system call filter; the library that makes one must not stay in the monitor."""
+    spec, folder = context.spec, rundir() / ".filters"
+    words = (spec.capabilities, spec.ccaps, spec.umask)
+    if not seccomp.is_cached(folder, *words):
+        from vrun import child
+
+        child.call(context.loop, lambda: len(seccomp.cached_program(folder, *words)))
+    return seccomp.cached_program(folder, *words)
+
+
+def _root_options(context: Context) -> mounts.RootOptions:
+    spec = context.spec
+    is_systemd = styles.is_systemd(spec, context.resolve)
+    owns_network = spec.network in ("own", "named")
+    return mounts.RootOptions(
+        root=spec.root,
+        nodev="MKNOD" not in spec.capabilities,
+        owns_network=owns_network,
+        sets_hostname="set_utsname" in spec.ccaps,
+        cgroup="rw" if is_systemd else "ro",
+        run_tmpfs=is_systemd,
+        tun=owns_network and "tun_create" in spec.ncaps,
+        console=True,
+        devices=spec.devices,
+        sysctls=spec.sysctls,
+        mounts=spec.mounts,
+    )
+
+
+def kill(context: Context) -> None:
+    """Kill the launcher and the guest's first process, and forget them."""
+    if context.launcher_pid:
+        with suppress(ProcessLookupError):
+            os.kill(context.launcher_pid, signal.SIGKILL)
+    context.signal_init(signal.SIGKILL)
+    context.loop.wait(lambda: not context.is_alive, deadline=time.monotonic() + _KILL_WAIT_S)
+
+
+def await_ready(context: Context) -> None:
+    """Wait until the guest's first process has done all but to execute its init."""
+    chain = context.running_chain()
+    chain.expect("console")
+    context.console = Console(chain.fds.pop(0), context.loop, context.log)
+    chain.expect("ready")
+
+
+def write_state(context: Context) -> None:
+    """Say that the guest runs, before anything of it does: then nothing runs that nobody knows."""
+    spec = context.spec
+    ceiling.write(spec.name, ceiling.of(spec))
+    (pid,) = context.running_chain().expect("init")
+    context.take_init(int(pid))
+    pool = vdirbase() / ".pool"
+    is_pooled = pool.is_dir() and "LINUX_IMMUTABLE" not in spec.capabilities
+    running = RunState(
+        xid=context.xid,
+        init_pid=context.init_pid,
+        init_start=state.start_of(context.init_pid),
+        cgroup=outside.group_of(context).path,
+        pool=pool if pool.is_dir() else None,
+        protection="immutable" if is_pooled else "none",
+    )
+    state.write_state(spec.name, running)
+
+
+def forget_state(context: Context) -> None:
+    state.forget_state(context.spec.name)
+
+
+def execute_init(context: Context) -> None:
+    """Let the guest's init be executed, and see that it does not end at once."""
+    reports = Reports(context.reports_fd, context.loop)
+    context.reports_fd, context.reports = -1, reports
+    chain = context.running_chain()
+    chain.go_on()
+    number = reports.wait_for_program()
+    chain.close()
+    context.chain = None
+    if number:
+        raise _cannot_execute(context, number)
+    if styles.is_pid_one(context.spec, context.order.rescue):
+        _watch_init(context)
+        _check_end(context, context.init_status())
+
+
+def _watch_init(context: Context) -> None:
+    """Wait until the guest's init has ended, or waits for something, or is not new any more."""
+    looks = 0
+
+    def is_settled() -> bool:
+        nonlocal looks
+        looks = looks + 1 if context.init_waits() else 0
+        return not context.is_alive or looks > _SETTLED_LOOKS
+
+    deadline = time.monotonic() + DIES_AT_ONCE_S
+    context.loop.wait(is_settled, deadline=deadline, every=_LOOK_S)
+
+
+def await_scripts(context: Context) -> None:
+    """Wait until rc scripts are done; what they print goes to the command that waits."""
+    rescue, reports = context.order.rescue, context.reports
+    if reports is None or styles.is_pid_one(context.spec, rescue) or (rescue and not rescue.argv):
+        return
+    if context.console:
+        context.console.echo = context.audience.first
+    try:
+        _check_end(context, reports.wait_for_end())
+    finally:
+        if context.console:
+            context.console.flush()
+            context.console.echo = None
+
+
+def await_sync(context: Context) -> None:
+    """Run apps/init/cmd.start-sync inside, which waits until the guest is up."""
+    init = context.spec.init
+    if init.cmd_start_sync and (init.sync or context.order.sync) and not context.order.rescue:
+        status = run_inside(context, styles.Program(init.cmd_start_sync))
+        if status:
+            raise ToolError(
+                f"guest {context.spec.name}: {init.cmd_start_sync[0]}, its cmd.start-sync, "
+                f"ended with status {status}"
+            )
+
+
+def run_inside(
+    context: Context, program: styles.Program, *, deadline: float | None = None
+) -> int | None:
+    """Run a program in the guest as `exec` does; its exit status, None when it takes too long."""
+    stdio = context.audience.stdio()
+    settings = [f"{key}={value}" for key, value in program.environment]
+    argv = ("env", *settings, *program.argv) if settings else program.argv
+    pid = context.loop.fork(keep=stdio.fds)
+    if pid == 0:
+        _exec_inside(context.spec.name, argv, stdio)
+    try:
+        status = context.loop.wait_child(pid, deadline=deadline)
+    except BaseException:
+        os.kill(pid, signal.SIGKILL)
+        raise
+    if status is None:
+        os.kill(pid, signal.SIGKILL)
+        return None
+    return os.waitstatus_to_exitcode(status)
+
+
+def _exec_inside(name: str, argv: tuple[str, ...], stdio: Stdio) -> NoReturn:
+    """In a child of the monitor; `enter` is only imported there."""
+    status = 125
+    try:
+        syscalls.set_parent_death_signal(signal.SIGTERM)
+        for number, fd in enumerate(stdio.fds):
+            os.dup2(fd, number)
+        from vrun import enter
+
+        status = enter.execute(name, argv)
+    except ToolError as error:
+        os.write(2, os.fsencode(f"vserver: {error.message}\n"))
+        status = error.exit_code
+    finally:
+        os._exit(status)
+
+
+def _cannot_execute(context: Context, number: int) -> ToolError:
+    argv = styles.start_program(context.spec, context.order.rescue, context.resolve).argv
+    return ToolError(
+        f"guest {context.spec.name}: cannot execute its init {argv[0]}: {os.strerror(number)}",
+        hint="apps/init/style and apps/init/cmd.start say what starts the guest"
+        if number == errno.ENOENT
+        else None,
+    )
+
+
+def _check_end(context: Context, status: int | None) -> None:
+    """Complain of what starts the guest if it has ended already, and not well."""
+    code = os.waitstatus_to_exitcode(status) if status is not None else 0
+    if not code:
+        return
+    how = f"was killed by signal {-code}" if code < 0 else f"ended with status {code}"
+    is_init = styles.is_pid_one(context.spec, context.order.rescue)
+    what = "its init" if is_init else "what starts it"
+    raise ToolError(
+        f"guest {context.spec.name}: {what} {how}",
+        hint=f"what it wrote stands in {context.log.path}",
+    )

@@ -1,0 +1,251 @@
+"""The system call filter of a guest: refuses what no guest needs, unless its settings name it.
+
+It stands beside the capabilities, for what they do not stop: root with DAC_READ_SEARCH opens any
+inode of a file system by handle, root with SYS_BOOT loads another kernel, a new user namespace
+gives every capability back, keys and leases reach over the edge of a guest. libseccomp compiles the
+rules (package pyseccomp); a few instructions of our own refuse what is newer than that library. The
+filter is loaded by our own call, without no_new_privs: su, sudo and file capabilities work inside.
+"""
+
+import errno
+import os
+import struct
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Final
+
+from vrun import syscalls
+from vrun.errors import NotPermitted
+from vstore.record import dataclass
+
+_LOW_WORD: Final = 0xFFFFFFFF
+"""The kernel looks only at the low half of an int argument, so a filter must too."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """Calls that fail unless the guest has one of the words `opened_by`."""
+
+    calls: tuple[str, ...]
+    error: int
+    opened_by: tuple[str, ...] = ()
+    """Capabilities as SYS_ADMIN, context capabilities as syslog, umask words as newuser."""
+    argument: int | None = None
+    """Only calls whose argument of that index, after `bits`, is `value`."""
+    bits: int = _LOW_WORD
+    value: int = 0
+
+
+def _namespace_rules() -> Iterator[Rule]:
+    """New namespaces. Without SYS_ADMIN the kernel itself only allows the user namespace."""
+    kinds = {
+        "newns": syscalls.CLONE_NEWNS,
+        "newuts": syscalls.CLONE_NEWUTS,
+        "newipc": syscalls.CLONE_NEWIPC,
+        "newuser": syscalls.CLONE_NEWUSER,
+        "newpid": syscalls.CLONE_NEWPID,
+        "newnet": syscalls.CLONE_NEWNET,
+        "newcgroup": syscalls.CLONE_NEWCGROUP,
+    }
+    for word, flag in kinds.items():
+        openers = ("SYS_ADMIN", word, *(("namespace",) if word == "newns" else ()))
+        yield Rule(("clone", "unshare"), errno.EPERM, openers, argument=0, bits=flag, value=flag)
+    time = syscalls.CLONE_NEWTIME  # in clone(2) that bit belongs to the exit signal
+    yield Rule(("unshare",), errno.EPERM, ("SYS_ADMIN",), argument=0, bits=time, value=time)
+
+
+_ADMIN: Final = ("SYS_ADMIN",)
+_MOUNTS: Final = (*_ADMIN, "secure_mount", "secure_remount", "binary_mount", "dev_mount")
+_TIOCSTI: Final = 0x5412  # asm-generic/ioctls.h
+_TIOCLINUX: Final = 0x541C
+_F_SETLEASE: Final = 1024  # linux/fcntl.h
+_F_SETDELEG: Final = 1040  # Linux 6.19
+_AF_ALG: Final = 38  # linux/socket.h
+_AF_VSOCK: Final = 40
+
+RULES: Final = (
+    # another kernel, modules, the machine's ports
+    Rule(("kexec_load", "kexec_file_load"), errno.EPERM),
+    Rule(("init_module", "finit_module", "delete_module"), errno.EPERM, ("SYS_MODULE",)),
+    Rule(("create_module", "query_module", "get_kernel_syms"), errno.ENOSYS),
+    Rule(("iopl", "ioperm"), errno.EPERM, ("SYS_RAWIO",)),
+    # programs in the kernel, and looking into it
+    Rule(("bpf",), errno.EPERM, (*_ADMIN, "BPF")),
+    Rule(("perf_event_open",), errno.EPERM, (*_ADMIN, "PERFMON")),
+    Rule(("lookup_dcookie",), errno.EPERM, _ADMIN),
+    Rule(("syslog",), errno.EPERM, ("SYSLOG", "syslog")),
+    # keys belong to user ids, and all guests have the same ones
+    Rule(("add_key", "request_key", "keyctl"), errno.ENOSYS),
+    # any inode of the file system, below the guest's root or not
+    Rule(("open_by_handle_at",), errno.EPERM, _ADMIN),
+    # programs fall back where these do not exist; they have been the way out too often
+    Rule(("io_uring_setup", "io_uring_enter", "io_uring_register"), errno.ENOSYS),
+    Rule(("userfaultfd",), errno.ENOSYS, ("SYS_PTRACE",)),
+    Rule(("vm86", "vm86old", "uselib", "nfsservctl"), errno.ENOSYS),
+    # namespaces; the flags of clone3 lie in memory, where no filter can read them
+    *_namespace_rules(),
+    Rule(("clone3",), errno.ENOSYS, _ADMIN),
+    Rule(("setns",), errno.EPERM, _ADMIN),
+    # mounts
+    Rule(("mount", "umount", "umount2", "pivot_root"), errno.EPERM, _MOUNTS),
+    Rule(("fsopen", "fsconfig", "fsmount", "fspick"), errno.EPERM, _MOUNTS),
+    Rule(("open_tree", "move_mount", "mount_setattr"), errno.EPERM, _MOUNTS),
+    Rule(("quotactl", "quotactl_fd"), errno.EPERM, (*_ADMIN, "quota_ctl")),
+    Rule(("swapon", "swapoff"), errno.EPERM, _ADMIN),
+    # accounting and the one clock
+    Rule(("acct",), errno.EPERM, ("SYS_PACCT",)),
+    Rule(("settimeofday", "stime"), errno.EPERM, ("SYS_TIME",)),
+    Rule(("clock_settime", "clock_settime64"), errno.EPERM, ("SYS_TIME",)),
+    # typing into a terminal for its reader; a console's selection does the same
+    Rule(("ioctl",), errno.EPERM, ("tiocsti",), argument=1, value=_TIOCSTI),
+    Rule(("ioctl",), errno.EPERM, ("tiocsti",), argument=1, value=_TIOCLINUX),
+    # a lease on a shared inode holds up every other guest that wants to execute it
+    Rule(("fcntl", "fcntl64"), errno.EINVAL, ("LEASE",), argument=1, value=_F_SETLEASE),
+    Rule(("fcntl", "fcntl64"), errno.EINVAL, ("LEASE",), argument=1, value=_F_SETDELEG),
+    # sockets to the machine's own host, and into the kernel's ciphers
+    Rule(("socket",), errno.EAFNOSUPPORT, argument=0, value=_AF_VSOCK),
+    Rule(("socket",), errno.EAFNOSUPPORT, argument=0, value=_AF_ALG),
+)
+
+_NEWEST: Final = 469
+"""The number of the newest call looked at here (file_setattr, Linux 6.17). What is newer does not
+exist for a guest; from 424 on the numbers are the same on every machine."""
+_PRIVATE: Final = 0xF0000
+"""32-bit ARM has calls of its own from here on; x32 has its bit above."""
+_OPEN_TREE_ATTR: Final = 467
+"""A mount call that libseccomp does not know yet (Linux 6.15)."""
+
+
+def compile_program(
+    capabilities: Iterable[str], ccaps: Iterable[str] = (), umask: Iterable[str] = ()
+) -> bytes:
+    """The filter of a guest that has these words, as struct sock_filter items for this machine.
+
+    32-bit calls of the same family are filtered too; those of other families, x32 among them, do
+    not exist. Takes 30 ms: cached_program() is for starts. Raises NotPermitted without libseccomp.
+    """
+    opened = frozenset((*capabilities, *ccaps, *umask))
+    return _prelude(opened) + _compile(_closed(opened))
+
+
+def cached_program(
+    folder: Path,
+    capabilities: Iterable[str],
+    ccaps: Iterable[str] = (),
+    umask: Iterable[str] = (),
+) -> bytes:
+    """compile_program(), kept as a file of `folder` (made 0700) that is named by what is closed."""
+    words = tuple(capabilities), tuple(ccaps), tuple(umask)
+    path = folder / _cache_name(frozenset(word for kind in words for word in kind))
+    try:
+        program = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        program = b""
+    if not program or len(program) % _INSTRUCTION.size:
+        program = compile_program(*words)
+        _keep(path, program)
+    return program
+
+
+def is_cached(
+    folder: Path,
+    capabilities: Iterable[str],
+    ccaps: Iterable[str] = (),
+    umask: Iterable[str] = (),
+) -> bool:
+    """Whether cached_program() finds the program there, and need not load a library to make it."""
+    return (folder / _cache_name(frozenset((*capabilities, *ccaps, *umask)))).exists()
+
+
+def load(program: bytes) -> None:
+    """Put this process and all its children under the filter, for good.
+
+    To be done before capabilities are given up and after namespaces were entered and mounts made.
+    Raises OSError: EACCES without CAP_SYS_ADMIN.
+    """
+    syscalls.seccomp_load(program)
+
+
+def _closed(opened: frozenset[str]) -> tuple[Rule, ...]:
+    return tuple(rule for rule in RULES if opened.isdisjoint(rule.opened_by))
+
+
+# --- what libseccomp does
+_ARCHITECTURES: Final = {"x86_64": ("X86",), "aarch64": ("ARM",)}
+"""By machine, those whose programs it runs too."""
+_BINARY_TREE: Final = 2  # SCMP_FLTATR_CTL_OPTIMIZE
+
+
+def _compile(rules: Iterable[Rule]) -> bytes:
+    import tempfile  # 2 ms that a start with a kept program need not pay
+
+    library = _library()
+    program = library.SyscallFilter(library.ALLOW)
+    program.set_attr(library.Attr.ACT_BADARCH, library.ERRNO(errno.ENOSYS))
+    program.set_attr(library.Attr.CTL_OPTIMIZE, _BINARY_TREE)
+    for name in _ARCHITECTURES.get(os.uname().machine, ()):
+        program.add_arch(getattr(library.Arch, name))
+    for rule in rules:
+        conditions = () if rule.argument is None else (_condition(library, rule),)
+        for call in rule.calls:
+            program.add_rule(library.ERRNO(rule.error), call, *conditions)
+    with tempfile.TemporaryFile() as file:
+        program.export_bpf(file)
+        file.seek(0)
+        return file.read()
+
+
+def _condition(library: Any, rule: Rule) -> Any:
+    return library.Arg(rule.argument, library.MASKED_EQ, rule.bits, rule.value)
+
+
+def _library() -> Any:
+    try:
+        import pyseccomp  # slow: it looks for the library with ldconfig or gcc
+    except (ImportError, RuntimeError) as error:
+        raise NotPermitted(
+            f"no system call filter can be made: {error}", hint="install libseccomp2 and pyseccomp"
+        ) from error
+    return pyseccomp
+
+
+# --- instructions of our own: linux/filter.h, linux/seccomp.h
+_INSTRUCTION: Final = struct.Struct("=HBBI")
+_LOAD_NUMBER: Final = _INSTRUCTION.pack(0x20, 0, 0, 0)  # ld [offsetof(struct seccomp_data, nr)]
+_RETURN_ERRNO: Final = 0x00050000
+
+
+def _prelude(opened: frozenset[str]) -> bytes:
+    """Refuses calls that libseccomp does not know; falls through to what follows for all others."""
+    code = _LOAD_NUMBER
+    if opened.isdisjoint(_MOUNTS):
+        code += _INSTRUCTION.pack(0x15, 0, 1, _OPEN_TREE_ATTR) + _return(errno.EPERM)  # jeq
+    code += _INSTRUCTION.pack(0x25, 0, 2, _NEWEST)  # jgt, else over the next two
+    code += _INSTRUCTION.pack(0x35, 1, 0, _PRIVATE)  # jge, then over the next
+    return code + _return(errno.ENOSYS)
+
+
+def _return(number: int) -> bytes:
+    return _INSTRUCTION.pack(0x06, 0, 0, _RETURN_ERRNO | number)
+
+
+# --- the cache
+def _cache_name(opened: frozenset[str]) -> str:
+    """Changes with the rules, so that a file of another version of this module is never used."""
+    closed = zlib.crc32(repr(_closed(opened)).encode())
+    own = zlib.crc32(_prelude(opened))
+    return f"{os.uname().machine}-{closed:08x}-{own:08x}"
+
+
+def _keep(path: Path, program: bytes) -> None:
+    """Several starts may write at once; each puts a whole file in place. No cache is no failure."""
+    import tempfile
+
+    with suppress(OSError):
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        spare_fd, spare = tempfile.mkstemp(dir=path.parent)
+        with open(spare_fd, "wb") as file:  # noqa: PTH123 # a descriptor
+            file.write(program)
+        Path(spare).replace(path)

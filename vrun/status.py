@@ -1,0 +1,100 @@
+"""How a guest is: what `vserver NAME status` shows, for people and for programs."""
+
+import os
+import time
+from typing import Any, Final
+
+from vrun import control, state
+from vrun.cgroup import Group
+from vrun.state import Ended, find_running
+from vstore.guest import Guest, RunState
+from vstore.record import dataclass
+
+_TICKS: Final = os.sysconf("SC_CLK_TCK")
+_DAY_S: Final = 86_400
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """A guest at this moment."""
+
+    guest: Guest
+    running: RunState | None
+    processes: int
+    uptime_s: float
+    has_monitor: bool
+    ended: Ended | None
+    """How its last run ended, if it does not run."""
+
+
+def look_at(guest: Guest) -> Status:
+    """Look at the guest. Raises ConfigInvalid, FormatUnknown for a state that cannot be read."""
+    running = find_running(guest.name)
+    if running is None:
+        return Status(guest, None, 0, 0.0, False, state.load_ended(guest.name))
+    return Status(
+        guest,
+        running,
+        len(Group(running.cgroup).pids()),
+        time.clock_gettime(time.CLOCK_BOOTTIME) - running.init_start / _TICKS,
+        control.is_listening(guest.name),
+        None,
+    )
+
+
+def as_text(status: Status) -> str:
+    """The lines of the original, and what it did not know."""
+    name, running = status.guest.name, status.running
+    if running is None:
+        how = f"; {_when(status.ended)}" if status.ended else ""
+        return f"Vserver '{name}' is stopped{how}"
+    lines = [
+        f"Vserver '{name}' is running at context '{running.xid}'",
+        f"Number of processes: {status.processes}",
+        f"Uptime: {show_uptime(status.uptime_s)}",
+    ]
+    if not status.has_monitor:
+        lines.append(f"Its monitor is gone; vserver {name} start gives it a new one")
+    return "\n".join(lines)
+
+
+def as_json(status: Status) -> dict[str, Any]:
+    """The object that `status --json` prints."""
+    running, ended = status.running, status.ended
+    values: dict[str, Any] = {
+        "format": 1,
+        "guest": status.guest.name,
+        "root": os.fspath(status.guest.root),
+        "running": running is not None,
+    }
+    if running is not None:
+        values |= {
+            "xid": running.xid,
+            "processes": status.processes,
+            "uptime_s": round(status.uptime_s, 2),
+            "init_pid": running.init_pid,
+            "cgroup": os.fspath(running.cgroup),
+            "pool": os.fspath(running.pool) if running.pool else None,
+            "protection": running.protection,
+            "monitor": status.has_monitor,
+        }
+    elif ended is not None:
+        values["ended"] = {
+            "how": ended.how,
+            "status": ended.status,
+            "text": ended.text,
+            "at": round(ended.at, 3),
+        }
+    return values
+
+
+def show_uptime(seconds: float) -> str:
+    """`3 days, 04:05`, or `04:05`."""
+    days, rest = divmod(int(seconds), _DAY_S)
+    clock = f"{rest // 3600:02d}:{rest % 3600 // 60:02d}"
+    return f"{days} days, {clock}" if days else clock
+
+
+def _when(ended: Ended) -> str:
+    stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(ended.at))
+    return f"{stamp}: {ended.text}"

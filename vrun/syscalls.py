@@ -1,0 +1,480 @@
+"""System calls of the runtime that Python does not offer, declared once.
+
+The one module of vrun that imports ctypes. Every function raises OSError with the call's errno, and
+takes away or adds nothing to what its manual page says. Numbers from 424 on are the same on every
+machine; older ones are asked of the C library by name, or stand below for x86_64 and aarch64.
+openat2 and renameat2 are in vstore.syscalls.
+"""
+
+import ctypes
+import errno
+import os
+from typing import Any, Final
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _check(result: int, function: Any, arguments: tuple[Any, ...]) -> int:
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    return result
+
+
+def _declare(name: str, *argument_types: Any) -> Any:
+    function = getattr(_libc, name)
+    function.argtypes = argument_types
+    function.restype = ctypes.c_int
+    function.errcheck = _check
+    return function
+
+
+_syscall_function: Any = _libc["syscall"]
+_syscall_function.restype = ctypes.c_long
+_syscall_function.errcheck = _check
+
+
+def _syscall(number: int, *arguments: Any) -> int:
+    """syscall(2); numbers are passed as longs, so that no upper half of a register is stale."""
+    passed = [ctypes.c_long(item) if isinstance(item, int) else item for item in arguments]
+    result: int = _syscall_function(ctypes.c_long(number), *passed)
+    return result
+
+
+# --- namespaces: unshare(2), setns(2)
+
+CLONE_NEWTIME: Final = 0x00000080  # linux/sched.h
+CLONE_NEWNS: Final = 0x00020000
+CLONE_NEWCGROUP: Final = 0x02000000
+CLONE_NEWUTS: Final = 0x04000000
+CLONE_NEWIPC: Final = 0x08000000
+CLONE_NEWUSER: Final = 0x10000000
+CLONE_NEWPID: Final = 0x20000000
+CLONE_NEWNET: Final = 0x40000000
+
+_unshare = _declare("unshare", ctypes.c_int)
+_setns = _declare("setns", ctypes.c_int, ctypes.c_int)
+
+
+class _CloneArgs(ctypes.Structure):
+    """struct clone_args as of Linux 5.7."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_uint64)
+        for name in (
+            *("flags", "pidfd", "child_tid", "parent_tid", "exit_signal", "stack", "stack_size"),
+            *("tls", "set_tid", "set_tid_size", "cgroup"),
+        )
+    )
+
+
+_SYS_CLONE3: Final = 435
+_CLONE_INTO_CGROUP: Final = 0x200000000
+_SIGCHLD: Final = 17
+
+
+def fork_into_cgroup(cgroup_fd: int) -> int:
+    """As fork(2), with the child in the v2 group behind `cgroup_fd` from its first instruction on.
+
+    Moving a process between groups waits for every cpu, some 15 ms; this does not. The caller has
+    one thread, and nothing that is registered for forks is called. clone3(2), Linux 5.7. Raises
+    OSError: ENOSYS, E2BIG or EINVAL on older kernels, EBUSY or EOPNOTSUPP where the group can have
+    no processes, ENODEV where it is gone.
+    """
+    wanted = _CloneArgs(flags=_CLONE_INTO_CGROUP, exit_signal=_SIGCHLD, cgroup=cgroup_fd)
+    return _syscall(_SYS_CLONE3, ctypes.byref(wanted), ctypes.sizeof(wanted))
+
+
+def unshare(flags: int) -> None:
+    """Leave the namespaces of `flags` (CLONE_NEW*) for new ones; see unshare(2).
+
+    CLONE_NEWPID and CLONE_NEWTIME take effect for children only. Needs CAP_SYS_ADMIN.
+    """
+    _unshare(flags)
+
+
+def setns(fd: int, flags: int) -> None:
+    """Enter the namespaces `flags` of the process behind a pidfd, or the one behind `fd`; setns(2).
+
+    A pidfd takes several flags at once, and either all are entered or none (Linux 5.8). The pid
+    namespace is entered by children only. Needs CAP_SYS_ADMIN, and CAP_SYS_CHROOT for CLONE_NEWNS,
+    which also moves root and working directory to the root of that namespace.
+    """
+    _setns(fd, flags)
+
+
+# --- mounts by descriptor: linux/mount.h, linux/fcntl.h
+
+AT_EMPTY_PATH: Final = 0x1000
+AT_RECURSIVE: Final = 0x8000
+
+OPEN_TREE_CLONE: Final = 0x1
+OPEN_TREE_CLOEXEC: Final = os.O_CLOEXEC
+
+MOUNT_ATTR_RDONLY: Final = 0x00000001
+MOUNT_ATTR_NOSUID: Final = 0x00000002
+MOUNT_ATTR_NODEV: Final = 0x00000004
+MOUNT_ATTR_NOEXEC: Final = 0x00000008
+MOUNT_ATTR__ATIME: Final = 0x00000070
+MOUNT_ATTR_RELATIME: Final = 0x00000000
+MOUNT_ATTR_NOATIME: Final = 0x00000010
+MOUNT_ATTR_STRICTATIME: Final = 0x00000020
+MOUNT_ATTR_NODIRATIME: Final = 0x00000080
+MOUNT_ATTR_NOSYMFOLLOW: Final = 0x00200000
+
+MS_REC: Final = 0x4000
+MS_UNBINDABLE: Final = 1 << 17
+MS_PRIVATE: Final = 1 << 18
+MS_SLAVE: Final = 1 << 19
+MS_SHARED: Final = 1 << 20
+
+MNT_FORCE: Final = 0x1
+MNT_DETACH: Final = 0x2
+
+_SYS_OPEN_TREE: Final = 428
+_SYS_MOVE_MOUNT: Final = 429
+_SYS_FSOPEN: Final = 430
+_SYS_FSCONFIG: Final = 431
+_SYS_FSMOUNT: Final = 432
+_SYS_MOUNT_SETATTR: Final = 442
+_MOVE_MOUNT_F_EMPTY_PATH: Final = 0x04
+_MOVE_MOUNT_T_EMPTY_PATH: Final = 0x40
+_FSOPEN_CLOEXEC: Final = 0x1
+_FSMOUNT_CLOEXEC: Final = 0x1
+_FSCONFIG_SET_FLAG: Final = 0
+_FSCONFIG_SET_STRING: Final = 1
+_FSCONFIG_CMD_CREATE: Final = 6
+
+_mount = _declare(
+    "mount", ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p
+)
+_umount2 = _declare("umount2", ctypes.c_char_p, ctypes.c_int)
+_pivot_root = _declare("pivot_root", ctypes.c_char_p, ctypes.c_char_p)
+
+
+class _MountAttr(ctypes.Structure):
+    """struct mount_attr."""
+
+    _fields_ = (
+        ("attr_set", ctypes.c_uint64),
+        ("attr_clr", ctypes.c_uint64),
+        ("propagation", ctypes.c_uint64),
+        ("userns_fd", ctypes.c_uint64),
+    )
+
+
+def set_propagation(path: bytes, flags: int) -> None:
+    """Change how mounts of `path` spread: MS_PRIVATE or MS_SLAVE, with MS_REC for all below it.
+
+    See mount_namespaces(7). EINVAL where `path` is no mount point.
+    """
+    _mount(None, path, None, flags, None)
+
+
+def umount2(path: bytes, flags: int) -> None:
+    """Unmount what is mounted on `path`; MNT_DETACH takes the tree away at once, see umount2(2)."""
+    _umount2(path, flags)
+
+
+def pivot_root(new_root: bytes, put_old: bytes) -> None:
+    """Make the mount `new_root` the root of this mount namespace; the old one goes to `put_old`.
+
+    pivot_root(".", ".") stacks the old root on the new one, from where umount2(".") takes it off;
+    see pivot_root(2). The parent mounts of both must not be shared.
+    """
+    _pivot_root(new_root, put_old)
+
+
+def open_tree(directory_fd: int, path: bytes, flags: int) -> int:
+    """A descriptor of the mount at `path`; close-on-exec. See open_tree(2).
+
+    OPEN_TREE_CLONE makes a copy that is mounted nowhere and goes with its last descriptor, with
+    AT_RECURSIVE all below it too. An empty `path` and AT_EMPTY_PATH mean `directory_fd` itself.
+    The source of a copy must be mounted in this namespace (EINVAL, up to Linux 6.14).
+    """
+    return _syscall(_SYS_OPEN_TREE, directory_fd, path, flags | OPEN_TREE_CLOEXEC)
+
+
+def move_mount(mount_fd: int, target_fd: int) -> None:
+    """Mount what open_tree() or fsmount() gave on the inode behind `target_fd`.
+
+    No path is walked, so nothing can be swapped on the way. See move_mount(2). Raises OSError:
+    ENOTDIR where only one of the two is a directory, EINVAL for a target in another namespace.
+    """
+    flags = _MOVE_MOUNT_F_EMPTY_PATH | _MOVE_MOUNT_T_EMPTY_PATH
+    _syscall(_SYS_MOVE_MOUNT, mount_fd, b"", target_fd, b"", flags)
+
+
+def mount_setattr(
+    fd: int, *, attr_set: int = 0, attr_clr: int = 0, propagation: int = 0, recursive: bool = False
+) -> None:
+    """Set and clear MOUNT_ATTR_ flags of the mount whose root is behind `fd`; mount_setattr(2).
+
+    To change MOUNT_ATTR__ATIME settings, clear the whole mask and set one. `propagation` is
+    MS_PRIVATE, MS_SLAVE, MS_SHARED or 0. Linux 5.12.
+    """
+    wanted = _MountAttr(attr_set, attr_clr, propagation, 0)
+    flags = AT_EMPTY_PATH | (AT_RECURSIVE if recursive else 0)
+    _syscall(_SYS_MOUNT_SETATTR, fd, b"", flags, ctypes.byref(wanted), ctypes.sizeof(wanted))
+
+
+def fsopen(fstype: bytes) -> int:
+    """Begin a mount of the file system `fstype`; close-on-exec. See fsopen(2).
+
+    proc, sysfs, mqueue and cgroup2 show the namespaces that the caller has at this moment.
+    """
+    return _syscall(_SYS_FSOPEN, fstype, _FSOPEN_CLOEXEC)
+
+
+def fsconfig_flag(fs_fd: int, key: bytes) -> None:
+    """Give the mount that `fs_fd` began an option without a value ("newinstance")."""
+    _syscall(_SYS_FSCONFIG, fs_fd, _FSCONFIG_SET_FLAG, key, 0, 0)
+
+
+def fsconfig_string(fs_fd: int, key: bytes, value: bytes) -> None:
+    """Give the mount that `fs_fd` began an option with a value ("size", "4m"), or its "source"."""
+    _syscall(_SYS_FSCONFIG, fs_fd, _FSCONFIG_SET_STRING, key, value, 0)
+
+
+def fsconfig_create(fs_fd: int) -> None:
+    """Make or find the file system that was described; what is wrong with it comes out here."""
+    _syscall(_SYS_FSCONFIG, fs_fd, _FSCONFIG_CMD_CREATE, 0, 0, 0)
+
+
+def fsmount(fs_fd: int, attributes: int) -> int:
+    """A mount of the file system that fsconfig_create() made, mounted nowhere; close-on-exec.
+
+    `attributes` are MOUNT_ATTR_ flags: they are this mount's, never the file system's.
+    """
+    return _syscall(_SYS_FSMOUNT, fs_fd, _FSMOUNT_CLOEXEC, attributes)
+
+
+# --- capabilities: capget(2), linux/capability.h; prctl(2), linux/prctl.h, linux/securebits.h
+
+_CAPABILITY_VERSION_3: Final = 0x20080522
+_PR_SET_PDEATHSIG: Final = 1
+_PR_SET_DUMPABLE: Final = 4
+_PR_SET_NAME: Final = 15
+_PR_CAPBSET_READ: Final = 23
+_PR_CAPBSET_DROP: Final = 24
+_PR_GET_SECUREBITS: Final = 27
+_PR_SET_SECUREBITS: Final = 28
+_PR_SET_CHILD_SUBREAPER: Final = 36
+_PR_CAP_AMBIENT: Final = 47
+_PR_CAP_AMBIENT_CLEAR_ALL: Final = 4
+
+
+class _CapHeader(ctypes.Structure):
+    _fields_ = (("version", ctypes.c_uint32), ("pid", ctypes.c_int))
+
+
+class _CapData(ctypes.Structure):
+    _fields_ = (
+        ("effective", ctypes.c_uint32),
+        ("permitted", ctypes.c_uint32),
+        ("inheritable", ctypes.c_uint32),
+    )
+
+
+_capget = _declare("capget", ctypes.POINTER(_CapHeader), ctypes.POINTER(_CapData))
+_capset = _declare("capset", ctypes.POINTER(_CapHeader), ctypes.POINTER(_CapData))
+_prctl = _declare(
+    "prctl", ctypes.c_int, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong
+)
+
+
+def capget() -> tuple[int, int, int]:
+    """(effective, permitted, inheritable) of this thread, one bit per capability; capget(2)."""
+    data = (_CapData * 2)()
+    _capget(_CapHeader(_CAPABILITY_VERSION_3, 0), data)
+    low, high = data
+    return (
+        high.effective << 32 | low.effective,
+        high.permitted << 32 | low.permitted,
+        high.inheritable << 32 | low.inheritable,
+    )
+
+
+def capset(*, effective: int, permitted: int, inheritable: int) -> None:
+    """Set this thread's capability sets; EPERM for a bit of `permitted` that it lacks. capset(2)"""
+    data = (_CapData * 2)()
+    for shift, half in zip((0, 32), data, strict=True):
+        half.effective = effective >> shift & 0xFFFFFFFF
+        half.permitted = permitted >> shift & 0xFFFFFFFF
+        half.inheritable = inheritable >> shift & 0xFFFFFFFF
+    _capset(_CapHeader(_CAPABILITY_VERSION_3, 0), data)
+
+
+def bounding_read(capability: int) -> bool:
+    """Whether the bounding set has the capability; EINVAL for a number the kernel does not know."""
+    return bool(_prctl(_PR_CAPBSET_READ, capability, 0, 0, 0))
+
+
+def bounding_drop(capability: int) -> None:
+    """Take a capability out of the bounding set for good; needs CAP_SETPCAP."""
+    _prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0)
+
+
+def get_securebits() -> int:
+    """The securebits flags of this thread; capabilities(7)."""
+    bits: int = _prctl(_PR_GET_SECUREBITS, 0, 0, 0, 0)
+    return bits
+
+
+def set_securebits(bits: int) -> None:
+    """Set the securebits flags; needs CAP_SETPCAP, EPERM for a locked one. capabilities(7)"""
+    _prctl(_PR_SET_SECUREBITS, bits, 0, 0, 0)
+
+
+def clear_ambient() -> None:
+    """Empty the ambient capability set of this thread."""
+    _prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
+
+
+# --- this process: prctl(2), personality(2), ioprio_set(2), close_range(2), keyctl(2)
+
+_NUMBERS: Final = {  # asm/unistd_64.h, asm-generic/unistd.h
+    "x86_64": {"bpf": 321, "ioprio_set": 251, "keyctl": 250, "seccomp": 317},
+    "aarch64": {"bpf": 280, "ioprio_set": 30, "keyctl": 219, "seccomp": 277},
+}
+_MACHINE: Final = _NUMBERS.get(os.uname().machine, {})
+_SYS_CLOSE_RANGE: Final = 436
+_CLOSE_RANGE_CLOEXEC: Final = 4
+_KEYCTL_JOIN_SESSION_KEYRING: Final = 1
+IOPRIO_WHO_PROCESS: Final = 1
+IOPRIO_CLASS_SHIFT: Final = 13
+
+_personality = _declare("personality", ctypes.c_ulong)
+_sethostname = _declare("sethostname", ctypes.c_char_p, ctypes.c_size_t)
+_setdomainname = _declare("setdomainname", ctypes.c_char_p, ctypes.c_size_t)
+
+
+def _number(name: str) -> int:
+    """The number of a call older than 424; ENOSYS on a machine that is not listed."""
+    try:
+        return _MACHINE[name]
+    except KeyError as error:
+        raise OSError(errno.ENOSYS, f"{name}: no number known for {os.uname().machine}") from error
+
+
+def set_child_subreaper() -> None:
+    """Make this process the parent of all its descendants' orphans; prctl(2)."""
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def set_parent_death_signal(number: int) -> None:
+    """Have the kernel send this process `number` when the thread that forked it ends; prctl(2).
+
+    Cleared by fork and by an exec that gains rights. The parent may be gone already: compare
+    os.getppid() afterwards.
+    """
+    _prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)
+
+
+def refuse_core_dumps() -> None:
+    """Keep this process from leaving a core file, until its next exec; prctl(2), PR_SET_DUMPABLE.
+
+    Its folder in /proc belongs to root until then.
+    """
+    _prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
+
+
+def set_name(name: bytes) -> None:
+    """Set the thread's name as ps shows it; the kernel keeps 15 bytes."""
+    text = ctypes.create_string_buffer(name)
+    _prctl(_PR_SET_NAME, ctypes.addressof(text), 0, 0, 0)
+
+
+def personality(persona: int) -> None:
+    """Set the execution domain, PER_ and its flags, of this process and its children to come."""
+    _personality(persona)
+
+
+def ioprio_set(which: int, who: int, ioprio: int) -> None:
+    """Set the I/O class and level: class << IOPRIO_CLASS_SHIFT | level. See ioprio_set(2)."""
+    _syscall(_number("ioprio_set"), which, who, ioprio)
+
+
+def sethostname(name: bytes) -> None:
+    """Set the host name of this uts namespace; at most 64 bytes. Needs CAP_SYS_ADMIN."""
+    _sethostname(name, len(name))
+
+
+def setdomainname(name: bytes) -> None:
+    """Set the NIS domain name of this uts namespace; at most 64 bytes. Needs CAP_SYS_ADMIN."""
+    _setdomainname(name, len(name))
+
+
+def close_range_on_exec(first: int) -> None:
+    """Mark every descriptor from `first` up close-on-exec, whoever opened it (Linux 5.11)."""
+    _syscall(_SYS_CLOSE_RANGE, first, 0xFFFFFFFF, _CLOSE_RANGE_CLOEXEC)
+
+
+def join_session_keyring() -> None:
+    """Leave the session keyring for a new, empty one; keyctl(2). ENOSYS where there are no keys."""
+    _syscall(_number("keyctl"), _KEYCTL_JOIN_SESSION_KEYRING, 0, 0, 0, 0)
+
+
+# --- pipes: tee(2)
+
+_SPLICE_F_NONBLOCK: Final = 2  # fcntl.h
+
+_tee = _declare("tee", ctypes.c_int, ctypes.c_int, ctypes.c_size_t, ctypes.c_uint)
+
+
+def tee(source_fd: int, target_fd: int, count: int) -> int:
+    """Copy up to `count` bytes from one pipe to another and leave them in the first.
+
+    Gives how many; 0 where the first is empty and nobody can write to it. Raises OSError: EAGAIN
+    where it is empty or the other full, EPIPE where nobody can read the other. See tee(2).
+    """
+    copied: int = _tee(source_fd, target_fd, count, _SPLICE_F_NONBLOCK)
+    return copied
+
+
+# --- seccomp(2)
+
+SECCOMP_FILTER_FLAG_LOG: Final = 1 << 1
+SECCOMP_FILTER_FLAG_NEW_LISTENER: Final = 1 << 3
+SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV: Final = 1 << 5
+_SECCOMP_SET_MODE_FILTER: Final = 1
+_BPF_INSTRUCTION_SIZE: Final = 8
+
+
+class _SockFprog(ctypes.Structure):
+    """struct sock_fprog."""
+
+    _fields_ = (("len", ctypes.c_ushort), ("filter", ctypes.c_char_p))
+
+
+def seccomp_load(program: bytes, flags: int = 0) -> int:
+    """Add a filter to this thread, from struct sock_filter items; 0, or the listener's descriptor.
+
+    Does not set no_new_privs, so it needs CAP_SYS_ADMIN (EACCES without). A filter stays over exec
+    and cannot be taken off. EINVAL for a program that the kernel refuses. See seccomp(2).
+    """
+    wanted = _SockFprog(len(program) // _BPF_INSTRUCTION_SIZE, program)
+    number = _number("seccomp")
+    return _syscall(number, _SECCOMP_SET_MODE_FILTER, flags, ctypes.byref(wanted))
+
+
+# --- bpf(2)
+
+
+class Buffer:
+    """Bytes that stay where they are, for structures that hold their address."""
+
+    def __init__(self, content: bytes) -> None:
+        self._memory = ctypes.create_string_buffer(content, len(content))
+        self.address = ctypes.addressof(self._memory)
+
+    @property
+    def text(self) -> bytes:
+        """What is there now, up to the first NUL."""
+        return self._memory.value
+
+
+def bpf(command: int, attributes: bytes) -> int:
+    """Carry out a BPF_ command with the union bpf_attr in `attributes`; see bpf(2), bpfcalls.py."""
+    memory = ctypes.create_string_buffer(attributes, len(attributes))
+    return _syscall(_number("bpf"), command, memory, len(attributes))
