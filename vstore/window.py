@@ -239,7 +239,7 @@ class Windows:
         self.let_all_go()
         for fd in sorted(self._kept):
             if self._settle(fd):
-                lease.release(fd)
+                self._give_up(fd)
                 os.close(fd)
                 self._kept.discard(fd)
         self._locks.close()
@@ -277,7 +277,7 @@ class Windows:
         kept = set()
         for fd in fds:
             if self._settle(fd):
-                lease.release(fd)
+                self._give_up(fd)
             else:
                 kept.add(fd)
         if kept:
@@ -286,6 +286,20 @@ class Windows:
         else:
             self._tell(b"-" + key, ())
         return kept
+
+    def _give_up(self, fd: int) -> None:
+        """Release a lease; one that the kernel has broken by force leaves its intent behind, so
+        that the next run looks at the object.
+        """
+        try:
+            lease.release(fd)
+        except BlockingIOError:
+            self._is_doubtful = True
+            log.error(
+                "inode %d: the kernel broke the lease of a shared file by force, somebody may be "
+                "writing to it; vpool verify --repair looks whether it changed",
+                os.fstat(fd).st_ino,
+            )
 
     def _settle(self, fd: int) -> bool:
         """Whether the lease on the inode behind `fd` can be given up, after a last look."""

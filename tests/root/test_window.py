@@ -214,7 +214,7 @@ def test_every_thread_and_child_that_waits_goes(shared: Shared, cgroup: Path) ->
 
 @_one
 def test_a_crowd_of_writers_is_turned_away_within_seconds(shared: Shared) -> None:
-    count = scaled(800, 4000)
+    count = scaled(300, 4000)
     with own_windows(shared.pool) as (windows, _, _):
         fd = shared.open()
         with windows.guard([fd]), windows.thawed(fd), crowd(shared.web, count) as pids:
