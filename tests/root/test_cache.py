@@ -6,7 +6,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from time import sleep
+from time import monotonic, sleep
 from typing import Final
 
 from tests.conftest import Tool
@@ -247,17 +247,23 @@ def test_an_index_is_good_after_the_file_system_was_mounted_on_another_device(
 
 @contextmanager
 def _taken_from(mount: Path, other: Path) -> Iterator[None]:
-    """The file system is unmounted, and its loop device has another image meanwhile."""
+    """The file system is unmounted, and its loop device has another image meanwhile: ours, or that
+    of another test which was quicker.
+    """
     command = ("findmnt", "--noheadings", "--output", "SOURCE", "--mountpoint", mount)
     device = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     with other.open("xb") as file:
         file.truncate(1 << 20)
     subprocess.run(["umount", mount], check=True)
-    subprocess.run(["losetup", device, other], check=True)
+    is_ours = False
+    deadline = monotonic() + 2
+    while not is_ours and monotonic() < deadline:  # it is let go a moment after the unmount
+        is_ours = not subprocess.run(["losetup", device, other], check=False).returncode
     try:
         yield
     finally:
-        subprocess.run(["losetup", "--detach", device], check=True)
+        if is_ours:
+            subprocess.run(["losetup", "--detach", device], check=True)
 
 
 @on("ext4")
