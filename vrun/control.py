@@ -161,7 +161,11 @@ def hear(
     warn: Callable[[str], None],
     out: Callable[[bytes], None],
 ) -> Outcome | None:
-    """Pass on what the monitor tells until its last word; None if it died without one."""
+    """Pass on what the monitor tells; its last word, None if it died without one.
+
+    Returns when the monitor closes the connection: where it ends too, that is when it has ended.
+    """
+    outcome: Outcome | None = None
     while (fields := connection.receive()) is not None:
         match fields:
             case ["say", text]:
@@ -171,8 +175,8 @@ def hear(
             case ["out", *data]:
                 out(os.fsencode("\0".join(data)))
             case ["end", code, message, hint]:
-                return Outcome(int(code), message, hint or None)
-    return None
+                outcome = Outcome(int(code), message, hint or None)
+    return outcome
 
 
 @contextmanager

@@ -113,6 +113,8 @@ class Monitor:
         self._log = Log(log_path(guest.name))
         self._audience = Audience(self._log)
         self._starter: Connection | None = first
+        self._failure: Outcome | None = None
+        """What the starter is told in the end."""
         self._context: Context | None = None
         self._starts = False
         self._is_starting = False
@@ -142,6 +144,9 @@ class Monitor:
         finally:
             control.stop_listening(self._guest.name, self._listener)
             fcntl.flock(self._lock_fd, fcntl.LOCK_UN)  # who hears of the end may start it again
+            if self._starter and self._failure:
+                self._audience.remove(self._starter)
+                self._starter.end(self._failure)
             self._audience.end(outcome)
 
     # --- the commands that talk to us
@@ -245,9 +250,7 @@ class Monitor:
             message = f"guest {self._guest.name}: its start was given up: {error}"
         state.write_ended(self._guest.name, Ended("failed", None, message))
         self._audience.note(message)
-        if self._starter:
-            self._starter.end(Outcome(1, message, hint))
-            self._dismiss(self._starter)
+        self._failure = Outcome(1, message, hint)
 
     def _stay(self, context: Context) -> None:
         """Watch the guest until it ends or is to be stopped, and take back what it had."""

@@ -13,7 +13,7 @@ import pytest
 
 from tests.conftest import Tool
 from tests.fixtures.death import add_orphan, run_killed, spoil, turns
-from tests.fixtures.filesystems import Site, free_bytes, is_immutable
+from tests.fixtures.filesystems import Site, free_bytes, freed, is_immutable
 from tests.fixtures.hostile import writer
 from tests.fixtures.probes import is_soak, need, on, scaled
 from tests.fixtures.runs import find_faults, list_objects, unify
@@ -64,7 +64,7 @@ def test_the_bytes_that_are_named_are_those_that_become_free(site: Site, tool: T
     report = json.loads(tool("vpool", "reclaim", "--json").stdout)
     assert report["bytes"] == planned["bytes"] == 6 << 20
     # btrfs counts the nodes of its trees as well, which become free too
-    assert free_bytes(site.vdirbase) - free == pytest.approx(6 << 20, rel=0.01, abs=256 << 10)
+    assert freed(site.vdirbase, free, 6 << 20) == pytest.approx(6 << 20, rel=0.01, abs=256 << 10)
 
 
 @on("xfs", "btrfs")

@@ -5,12 +5,11 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from time import monotonic, sleep
 
 import pytest
 
 from tests.conftest import Tool
-from tests.fixtures.filesystems import Site, free_bytes, remove, thaw_below
+from tests.fixtures.filesystems import Site, free_bytes, freed, remove, thaw_below
 from tests.fixtures.guests import SMALL, install
 from tests.fixtures.hostile import deep_path, odd_tree
 from tests.fixtures.probes import need, on
@@ -68,16 +67,6 @@ def du(*paths: Path) -> int:
     return int(done.stdout.splitlines()[-1].split()[0])
 
 
-def freed(site: Site, before: int, expected: int) -> int:
-    """How much more is free than `before`; xfs gives unlinked files back a moment later."""
-    deadline = monotonic() + 10
-    while (found := free_bytes(site.vdirbase) - before) < 0.99 * expected:
-        if monotonic() > deadline:
-            break
-        sleep(0.05)
-    return found
-
-
 # --- the pool's figures
 
 
@@ -90,7 +79,7 @@ def test_saved_is_what_statvfs_gives_back(site: Site, tool: Tool) -> None:
     unify(tool)
     saved = pool_figures(site).saved_bytes
     assert saved == 2 * (9 * 8 * MIB + MIB)
-    assert freed(site, before, saved) == pytest.approx(saved, rel=0.01)
+    assert freed(site.vdirbase, before, saved) == pytest.approx(saved, rel=0.01)
 
 
 @on("ext4")
@@ -101,7 +90,7 @@ def test_saved_is_what_statvfs_gives_back_for_real_guests(site: Site, tool: Tool
     before = free_bytes(site.vdirbase)
     unify(tool)
     saved = pool_figures(site).saved_bytes
-    assert freed(site, before, saved) == pytest.approx(saved, rel=0.01)
+    assert freed(site.vdirbase, before, saved) == pytest.approx(saved, rel=0.01)
     assert saved > 50 * MIB
 
 
@@ -169,7 +158,7 @@ def test_own_is_what_deleting_the_guest_frees(site: Site, tool: Tool) -> None:
     assert own >= 8 * MIB  # its own file, and the twin that only the deleted guest shared
     before = free_bytes(site.vdirbase)
     reclaim_by_hand(site, site.root("one"))
-    assert freed(site, before, own) == pytest.approx(own, rel=0.01)
+    assert freed(site.vdirbase, before, own) == pytest.approx(own, rel=0.01)
 
 
 def reclaim_by_hand(site: Site, root: Path) -> None:
