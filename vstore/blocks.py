@@ -308,7 +308,8 @@ def _read_leased(file: File, fd: int) -> tuple[str, bytes, bytes, bool]:
 
     def give_way() -> bool:
         if is_leased and not lease.is_unbroken(fd):
-            lease.release(fd)
+            with suppress(BlockingIOError):  # given up before, or broken by force
+                lease.release(fd)
         return True
 
     began = time.time_ns()

@@ -4,8 +4,10 @@ import os
 import sqlite3
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
+from threading import Event
 from time import monotonic, sleep
 from typing import Final
 
@@ -152,6 +154,37 @@ def test_files_that_a_guest_writes_to_are_shared_and_stay_its_own(site: Site, to
     assert web.read_bytes() == b"new" + content[3:]
     report = _reflink(tool)
     assert (report.already, report.unified, report.skipped) == (0, 0, {"unique": 2})
+
+
+@both
+def test_a_writer_who_comes_while_a_file_is_read_does_not_wait_for_its_end(
+    site: Site, tool: Tool
+) -> None:
+    content = os.urandom(1 << 20)
+    rows: list[Row] = [File("image", content, at=1 << 30, size=2 << 30)]
+    images = [site.add_guest(name, rows) / "image" for name in ("web", "db")]
+    is_over = Event()
+    waits: list[float] = []
+
+    def write() -> None:
+        while not is_over.is_set():
+            for image in images:
+                began = monotonic()
+                os.close(os.open(image, os.O_WRONLY))
+                waits.append(monotonic() - began)
+            sleep(0.02)
+
+    with ThreadPoolExecutor(1) as writers:
+        writer = writers.submit(write)
+        began = monotonic()
+        try:
+            report = _reflink(tool)
+        finally:
+            is_over.set()
+        took = monotonic() - began
+        writer.result()
+    assert (report.unified, report.errors) == (2, [])
+    assert 0.001 < max(waits) < took / 2
 
 
 @both
