@@ -1,19 +1,17 @@
-"""What a guest's first processes do, until one of them executes the guest's init.
+"""What a guest's first process does, until it executes the guest's init.
 
-The launcher is a child of the monitor in the host's pid namespace. It takes the cgroups and the new
-namespaces, and forks the guest's process 1. That one is still our program, while nothing of the
-guest runs anywhere; it builds the root, takes the limits, the filter and the ceiling of
-capabilities, and executes the guest's init by way of a sealed stub. launch.py has the order.
+It is forked by the monitor into the guest's cgroup and new namespaces. As long as it is our program
+nothing of the guest runs anywhere; it builds the root, takes the limits, the filter and the ceiling
+of capabilities, and executes the guest's init by way of a sealed stub. launch.py has the order.
 """
 
 import fcntl
 import os
-import sys
 import termios
 from collections.abc import Callable
-from typing import Final, NoReturn
+from typing import NoReturn
 
-from vrun import capabilities, limits, mounts, namespaces, seccomp, stub, syscalls
+from vrun import capabilities, limits, mounts, seccomp, stub, syscalls
 from vrun.cgroup import Group
 from vrun.chain import FarEnd
 from vrun.errors import ToolError
@@ -22,13 +20,10 @@ from vrun.spec import GuestSpec
 from vrun.styles import Program, find_in_path
 from vstore.record import dataclass
 
-ALWAYS: Final = frozenset({"mnt", "pid", "uts", "ipc", "cgroup"})
-"""The namespaces that each guest has for itself."""
-
 
 @dataclass(slots=True, kw_only=True)
 class Birth:
-    """All that the first processes need to know; made by the monitor before it forks."""
+    """All that the first process needs to know; made by the monitor before it forks."""
 
     spec: GuestSpec
     group: Group
@@ -39,21 +34,9 @@ class Birth:
     far: FarEnd
     report_fd: int
     """Where the stub tells what became of the program."""
-    is_inside: bool = False
-    """The launcher was born in the guest's v2 cgroup."""
     stub_fd: int | None = None
     network_fd: int = -1
     """A network namespace to enter; -1: the host's, or a new one."""
-
-    @property
-    def namespaces(self) -> frozenset[str]:
-        """The new namespaces of the guest."""
-        wanted = set(ALWAYS)
-        if "virt_uptime" in self.spec.flags:
-            wanted.add("time")
-        if self.spec.network == "own":
-            wanted.add("net")
-        return frozenset(wanted)
 
 
 Step = tuple[str, Callable[[Birth], None]]
@@ -72,37 +55,18 @@ def run(steps: tuple[Step, ...], birth: Birth) -> NoReturn:
     os._exit(0)
 
 
-# --- the launcher
-
-
 def join_groups(birth: Birth) -> None:
-    birth.group.join(is_inside=birth.is_inside)
+    """It was born in the v2 group, which is to be the root of its cgroup namespace."""
+    birth.group.join_v1()
+    syscalls.unshare(syscalls.CLONE_NEWCGROUP)
 
 
-def take_namespaces(birth: Birth) -> None:
-    namespaces.enter_new(birth.namespaces)
-    if "time" in birth.namespaces:
-        namespaces.zero_uptime()
+def enter_network(birth: Birth) -> None:
+    """Enter a namespace that there is, or wait until the monitor has set up the new one."""
     if birth.network_fd >= 0:
         syscalls.setns(birth.network_fd, syscalls.CLONE_NEWNET)
-
-
-def wait_for_network(birth: Birth) -> None:
-    """The monitor moves devices in and gives them addresses."""
-    if "net" in birth.namespaces:
-        birth.far.say("namespaces")
+    if birth.spec.network == "own":
         birth.far.wait()
-
-
-def fork_init(birth: Birth, steps: tuple[Step, ...]) -> None:
-    """Fork process 1 of the guest, which does `steps`; the launcher itself ends then."""
-    pid = os.fork()
-    if pid == 0:
-        run(steps, birth)
-    birth.far.say("init", str(pid))
-
-
-# --- process 1 of the guest
 
 
 def set_names(birth: Birth) -> None:
@@ -167,7 +131,6 @@ def execute(birth: Birth) -> None:
     program = birth.program
     environment = dict((*birth.spec.init.environment, *program.environment))
     path = find_in_path(program.argv[0], environment.get("PATH", ""))
-    sys.stdout.flush()
     stub.execute(
         birth.kind,
         path,

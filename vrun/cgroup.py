@@ -45,30 +45,30 @@ class Group:
     v1: Mapping[str, Path] = field(default_factory=dict)
     """Controllers of v1 hierarchies, each with the folder that the guest's processes are in."""
 
-    def join(self, pid: int = 0, *, is_inside: bool = False) -> None:
+    def join(self, pid: int = 0) -> None:
         """Move a process (0: the calling one) into the guest; children that it makes follow.
 
-        `is_inside` is what `fork` said. Raises OSError: ENODEV where the group was removed, ESRCH
-        for no such process.
+        That takes some 15 ms on most machines. Raises OSError: ENODEV where the group was removed,
+        ESRCH for no such process.
         """
-        v2 = () if is_inside else (self.path / _GUEST,)
-        for folder in dict.fromkeys((*self.v1.values(), *v2)):
+        for folder in dict.fromkeys((*self.v1.values(), self.path / _GUEST)):
             (folder / "cgroup.procs").write_text(str(pid))
 
-    def fork(self) -> tuple[int, bool]:
-        """As os.fork(), and whether the child was born in the guest's v2 group.
+    def fork(self, flags: int) -> int:
+        """As os.fork(), with the child in the guest and in new namespaces of `flags`, CLONE_NEW*.
 
-        The caller has one thread. The child still has to call `join`, which then has less to do:
-        moving a process takes some 15 ms on most machines, to be born there none.
+        The caller has one thread. The child has still to call `join_v1`. Raises OSError.
         """
+        folder_fd = os.open(self.path / _GUEST, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            folder_fd = os.open(self.path / _GUEST, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
-                return syscalls.fork_into_cgroup(folder_fd), True
-            finally:
-                os.close(folder_fd)
-        except OSError:  # an older kernel, or join() will say what is wrong
-            return os.fork(), False
+            return syscalls.fork_into_cgroup(folder_fd, flags)
+        finally:
+            os.close(folder_fd)
+
+    def join_v1(self) -> None:
+        """Move the calling process, which is in the guest's v2 group, into those of v1 too."""
+        for folder in dict.fromkeys(self.v1.values()):
+            (folder / "cgroup.procs").write_text("0")
 
     def folder_of(self, controller: str) -> Path | None:
         """Where the control files of `controller` are; None where the machine does not have it."""

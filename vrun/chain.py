@@ -1,10 +1,8 @@
-"""How a guest's first processes tell its monitor how far they are, until one executes its init.
+"""How a guest's first process tells its monitor how far it is, until it executes the guest's init.
 
-A pair of sockets, its far end held by the launcher and by the process it forks, closed when the
-guest's init is executed. Messages, fields apart by NUL bytes:
+A pair of sockets, its far end closed when the guest's init is executed. Messages, fields apart by
+NUL bytes:
 
-    namespaces                 the launcher has them, and waits for `go`
-    init PID                   the guest's first process, as the host numbers it
     console                    with it a descriptor of the console's other side
     ready                      all is set up; waits for `go`
     warn TEXT
@@ -12,7 +10,6 @@ guest's init is executed. Messages, fields apart by NUL bytes:
 """
 
 import os
-from collections import deque
 from collections.abc import Callable
 from typing import Final, NoReturn
 
@@ -34,14 +31,14 @@ class Chain:
         self._loop = loop
         self._near, self.far = pair()
         self._near.socket.setblocking(False)
-        self._inbox: deque[list[str]] = deque()
+        self._inbox: dict[str, list[str]] = {}
         self._is_open = True
         self.fds: list[int] = self._near.fds
         """Descriptors that came with messages, oldest first; whoever takes one closes it."""
         loop.watch(self._near.socket.fileno(), self._read)
 
     def close_far(self) -> None:
-        """After the fork: the launcher has its own copy."""
+        """After the fork: the guest's first process has its own copy."""
         self.far.close()
 
     def expect(self, word: str) -> list[str]:
@@ -49,13 +46,10 @@ class Chain:
 
         Raises ToolError for what failed over there, or when it died; Aborted.
         """
-        self._loop.wait(lambda: bool(self._inbox) or not self._is_open)
-        if not self._inbox:
-            raise ToolError(f"guest {self._name}: its start was killed before it could {word}")
-        fields = self._inbox.popleft()
-        if fields[0] != word:
-            raise ToolError(f"guest {self._name}: its start said {fields[0]}, not {word}")
-        return fields[1:]
+        self._loop.wait(lambda: word in self._inbox or not self._is_open)
+        if word not in self._inbox:
+            raise ToolError(f"guest {self._name}: its start was killed before it was through")
+        return self._inbox.pop(word)
 
     def go_on(self) -> None:
         """Let the process that waits go on."""
@@ -82,8 +76,8 @@ class Chain:
             case ["failed", step, reason, hint]:
                 self._end()
                 raise ToolError(_failure(self._name, step, reason), hint=hint or None)
-            case _:
-                self._inbox.append(fields)
+            case [word, *rest]:
+                self._inbox[word] = rest
 
 
 def _failure(name: str, step: str, reason: str) -> str:
@@ -92,7 +86,7 @@ def _failure(name: str, step: str, reason: str) -> str:
 
 @dataclass(slots=True)
 class FarEnd:
-    """What the launcher and the guest's first process say."""
+    """What the guest's first process says."""
 
     connection: Connection
     step: str = ""

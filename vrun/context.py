@@ -59,11 +59,10 @@ class Context:
     """To its first processes, as long as it is being launched."""
     is_ours: bool = True
     """That process is this monitor's child."""
-    launcher_pid: int = 0
     reports_fd: int = -1
     """Where the stub tells what became of the program that starts the guest."""
     reports: Reports | None = None
-    _told_status: int | None = None
+    _has_ended: bool = False
 
     @property
     def xid(self) -> int:
@@ -94,14 +93,8 @@ class Context:
         self.loop.watch(self.init_fd, self._init_ended)
 
     def _init_ended(self) -> None:
-        if not self.is_ours:
-            self._told_status = _ask_status(self.init_fd)
-        self._forget_init()
-
-    def _forget_init(self) -> None:
         self.loop.unwatch(self.init_fd)
-        os.close(self.init_fd)
-        self.init_fd = -1
+        self._has_ended = True
 
     def running_chain(self) -> Chain:
         """To its first processes. Raises ToolError where it was not launched."""
@@ -111,16 +104,16 @@ class Context:
 
     def init_status(self) -> int | None:
         """The wait status of the guest's first process; None as long as it runs, or where it was
-        the child of another monitor, and the kernel does not tell.
+        the child of another monitor, and the kernel does not tell; then it may take a moment.
         """
         if self.is_ours:
             return self.loop.status_of(self.init_pid) if self.init_pid else None
-        return self._told_status
+        return _ask_status(self.init_fd) if self._has_ended else None
 
     @property
     def is_alive(self) -> bool:
         """Whether the guest's first process has not ended."""
-        return self.init_fd >= 0
+        return self.init_fd >= 0 and not self._has_ended
 
     def signal_init(self, number: int) -> None:
         """Send a signal to the guest's first process, if it is there."""
@@ -198,7 +191,9 @@ class Context:
             self.console.close()
             self.console = None
         if self.init_fd >= 0:
-            self._forget_init()
+            self.loop.unwatch(self.init_fd)
+            os.close(self.init_fd)
+            self.init_fd = -1
         if self.root_fd >= 0:
             os.close(self.root_fd)
             self.root_fd = -1

@@ -1,16 +1,16 @@
-"""The monitor's side of a guest's first processes: fork them, hear of them, let them go on.
+"""The monitor's side of a guest's first process: fork it, hear of it, let it go on.
 
-What they do themselves is in birth.py.
+What it does itself is in birth.py.
 """
 
 import errno
 import os
 import signal
 import time
-from contextlib import suppress
 from typing import Final, NoReturn
 
-from vrun import birth, ceiling, mounts, outside, seccomp, state, styles, syscalls
+from vrun import birth, ceiling, mounts, namespaces, outside, seccomp, state, styles, syscalls
+from vrun.cgroup import Group
 from vrun.chain import Chain, FarEnd
 from vrun.console import Console
 from vrun.context import Context
@@ -28,31 +28,52 @@ _KILL_WAIT_S: Final = 10.0
 
 
 def launch(context: Context, steps: tuple[birth.Step, ...]) -> None:
-    """Fork the launcher, which does `steps`."""
+    """Fork the guest's first process, which does `steps`."""
     chain = Chain(context.spec.name, context.loop, context.audience.warn)
     context.chain = chain
     context.reports_fd, report_fd = os.pipe2(os.O_CLOEXEC)
     try:
         plan = _plan_birth(context, FarEnd(chain.far), report_fd)
-        context.loop.forget_orphans()
         kept = {chain.far.socket.fileno(), report_fd, context.network_fd} - {-1}
-        pid, plan.is_inside = plan.group.fork()
-        context.launcher_pid = context.loop.forked(pid, kept)
-        if context.launcher_pid == 0:
+        pid = context.loop.forked(_fork(context, plan.group), kept)
+        if pid == 0:
             birth.run(steps, plan)
+        context.take_init(pid)
     finally:
         os.close(report_fd)
         chain.close_far()
 
 
+def _fork(context: Context, group: Group) -> int:
+    """Fork into the guest's cgroup and namespaces; that of cgroups is taken in there."""
+    kinds = {"mnt", "pid", "uts", "ipc"} | ({"net"} if context.spec.network == "own" else set())
+    flags = namespaces.flags_of(kinds)
+    if "virt_uptime" not in context.spec.flags or not namespaces.has_time():
+        return group.fork(flags)
+    own_fd = namespaces.begin_uptime()
+    try:
+        pid = group.fork(flags)
+    except BaseException:
+        namespaces.end_uptime(own_fd)
+        raise
+    if pid:
+        namespaces.end_uptime(own_fd)
+    return pid
+
+
 def _plan_birth(context: Context, far: FarEnd, report_fd: int) -> birth.Birth:
     spec, rescue = context.spec, context.order.rescue
+    options = _root_options(context)
+    for text in mounts.warnings(options):
+        context.audience.warn(f"guest {spec.name}: {text}")
     return birth.Birth(
         spec=spec,
         group=outside.group_of(context),
-        program=styles.start_program(spec, rescue, context.resolve),
+        program=styles.start_program(
+            spec, rescue, context.resolve, is_traced=context.order.debug_rc
+        ),
         kind="exec" if styles.is_pid_one(spec, rescue) else "wait",
-        root=_root_options(context),
+        root=options,
         filter=_load_filter(context),
         far=far,
         report_fd=report_fd,
@@ -91,12 +112,10 @@ def _root_options(context: Context) -> mounts.RootOptions:
 
 
 def kill(context: Context) -> None:
-    """Kill the launcher and the guest's first process, and forget them."""
-    if context.launcher_pid:
-        with suppress(ProcessLookupError):
-            os.kill(context.launcher_pid, signal.SIGKILL)
+    """Kill the guest's first process, and reap it."""
     context.signal_init(signal.SIGKILL)
     context.loop.wait(lambda: not context.is_alive, deadline=time.monotonic() + _KILL_WAIT_S)
+    context.init_status()
 
 
 def await_ready(context: Context) -> None:
@@ -111,8 +130,6 @@ def write_state(context: Context) -> None:
     """Say that the guest runs, before anything of it does: then nothing runs that nobody knows."""
     spec = context.spec
     ceiling.write(spec.name, ceiling.of(spec))
-    (pid,) = context.running_chain().expect("init")
-    context.take_init(int(pid))
     pool = vdirbase() / ".pool"
     is_pooled = pool.is_dir() and "LINUX_IMMUTABLE" not in spec.capabilities
     running = RunState(

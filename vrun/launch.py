@@ -1,9 +1,9 @@
 """The start of a guest: what is done, in which order, and what undoes it.
 
-Three lists, one for each process. The monitor makes what the guest has outside itself (STEPS), the
-launcher takes cgroups and namespaces (LAUNCHER_STEPS), and the guest's process 1 makes itself what
-the guest may be (INIT_STEPS), with the filter before the capabilities: without CAP_SYS_ADMIN a
-filter could only be loaded under no_new_privs, and su would not work inside.
+Two lists, one for each process. The monitor makes what the guest has outside itself (STEPS), and
+the guest's process 1 makes itself what the guest may be (INIT_STEPS), with the filter before the
+capabilities: without CAP_SYS_ADMIN a filter could only be loaded under no_new_privs, and su would
+not work inside.
 """
 
 from collections.abc import Callable
@@ -27,6 +27,8 @@ class Step:
 
 
 INIT_STEPS: Final[tuple[birth.Step, ...]] = (
+    ("join its cgroups", birth.join_groups),
+    ("enter its network", birth.enter_network),
     ("set its host name", birth.set_names),
     ("make the program that executes its init", birth.make_stub),
     ("mount its root", birth.mount_root),
@@ -38,14 +40,7 @@ INIT_STEPS: Final[tuple[birth.Step, ...]] = (
     ("execute its init", birth.execute),
 )
 
-LAUNCHER_STEPS: Final[tuple[birth.Step, ...]] = (
-    ("join its cgroups", birth.join_groups),
-    ("take new namespaces", birth.take_namespaces),
-    ("wait for its network", birth.wait_for_network),
-    ("fork its first process", partial(birth.fork_init, steps=INIT_STEPS)),
-)
-
-_launch: Final = partial(firstprocess.launch, steps=LAUNCHER_STEPS)
+_launch: Final = partial(firstprocess.launch, steps=INIT_STEPS)
 
 STEPS: Final[tuple[Step, ...]] = (
     Step("run its scripts initialize", outside.run_initialize),

@@ -59,10 +59,6 @@ class Loop:
         self._statuses.pop(pid, None)
         return pid
 
-    def forget_orphans(self) -> None:
-        """Forget how children ended whom nobody waits for; call it while none is in work."""
-        self._statuses.clear()
-
     def watch(self, fd: int, callback: Callback, *, once_per_change: bool = False) -> None:
         """Call back whenever `fd` can be read or has ended.
 

@@ -57,6 +57,30 @@ def zero_uptime() -> None:
     Path("/proc/self/timens_offsets").write_text("".join(lines))
 
 
+def begin_uptime() -> int:
+    """Have uptime of children to come count from now on; end_uptime() takes what is returned.
+
+    Children forked in between are in a time namespace of their own, the caller is not.
+    """
+    own_fd = os.open("/proc/self/ns/time", os.O_RDONLY | os.O_CLOEXEC)
+    enter_new({"time"})
+    zero_uptime()
+    return own_fd
+
+
+def end_uptime(own_fd: int) -> None:
+    """Have later children of the caller be in its own time namespace again; closes `own_fd`."""
+    try:
+        syscalls.setns(own_fd, FLAGS["time"])
+    finally:
+        os.close(own_fd)
+
+
+def flags_of(kinds: Iterable[str]) -> int:
+    """The CLONE_NEW* flags of `kinds`, keys of FLAGS."""
+    return _flags(kinds)
+
+
 def join(pidfd: int, kinds: Iterable[str]) -> None:
     """Enter the namespaces of `kinds` of the process behind `pidfd`, all of them or none.
 

@@ -123,6 +123,12 @@ def look_at_init(context: Context) -> None:
 
 def prepare_tree(context: Context) -> None:
     spec = context.spec
+    for limit in spec.disk_limits:
+        context.audience.warn(
+            f"guest {spec.name}: dlimits/{limit.entry}: what it stores in {limit.directory} is not "
+            "limited: that takes project quota, which is not set up here"
+        )
+    prepare.write_mtab(spec, context.root_fd)
     if spec.init.cmd_prepare and not context.order.rescue:
         status = _run(context, list(spec.init.cmd_prepare))
         if status:
@@ -266,13 +272,9 @@ def configure_network(context: Context) -> None:
     """Put devices, addresses and routes into the guest's own network namespace."""
     spec = context.spec
     if spec.network == "own":
-        chain = context.running_chain()
-        chain.expect("namespaces")
-        context.network_fd = os.open(
-            f"/proc/{context.launcher_pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC
-        )
+        context.network_fd = os.open(f"/proc/{context.init_pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
         _configure(context)
-        chain.go_on()
+        context.running_chain().go_on()
     elif spec.network == "named" and not spec.netns_keep:
         _configure(context)
 

@@ -47,6 +47,47 @@ def prepare(spec: GuestSpec, root_fd: int) -> None:
             _write_runlevel(root_fd, spec.init.runlevel_start or "3")
 
 
+def write_mtab(spec: GuestSpec, root_fd: int) -> None:
+    """Write the guest's /etc/mtab, where it has a fstab and no link to what the kernel says.
+
+    Raises OSError.
+    """
+    if not spec.mounts:
+        return
+    try:
+        folder = _open(root_fd, "etc", _FOLDER)
+    except OSError:
+        return
+    with suppress_read_only():
+        try:
+            if _is_mtab_ours(folder):
+                with suppress(FileNotFoundError):
+                    os.unlink("mtab", dir_fd=folder)
+                fd = os.open("mtab", _NEW_FILE, 0o644, dir_fd=folder)
+                with os.fdopen(fd, "wb") as file:
+                    file.write(os.fsencode(_mtab(spec)))
+        finally:
+            os.close(folder)
+
+
+def _is_mtab_ours(folder: int) -> bool:
+    try:
+        return stat.S_ISREG(os.stat("mtab", dir_fd=folder, follow_symlinks=False).st_mode)
+    except FileNotFoundError:
+        return True
+
+
+def _mtab(spec: GuestSpec) -> str:
+    """The template and the fstab; disks go as `ufs`, which df(1) inside does not look into."""
+    lines = [spec.init.mtab.rstrip("\n")]
+    for mount in spec.mounts:
+        kind = "ufs" if mount.fstype.startswith("ext") else mount.fstype
+        if mount.target != "/" and "nomtab" not in mount.options:
+            words = (mount.source, mount.target, kind, ",".join(mount.options) or "defaults")
+            lines.append(f"{' '.join(words)} 0 0")
+    return "\n".join(filter(None, lines)) + "\n"
+
+
 @contextmanager
 def suppress_read_only() -> Iterator[None]:
     """A tree that cannot be written is left as it is."""

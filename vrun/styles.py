@@ -41,8 +41,13 @@ def is_pid_one(spec: GuestSpec, rescue: Rescue | None) -> bool:
     return rescue.is_init if rescue else spec.init.pid_one
 
 
-def start_program(spec: GuestSpec, rescue: Rescue | None, resolve: Resolve) -> Program:
-    """What starts the guest. Raises ConfigInvalid where the guest has nothing of the kind."""
+def start_program(
+    spec: GuestSpec, rescue: Rescue | None, resolve: Resolve, *, is_traced: bool = False
+) -> Program:
+    """What starts the guest; `is_traced`: with a trace of the rc script of the style sysv.
+
+    Raises ConfigInvalid where the guest has nothing of the kind.
+    """
     if rescue:
         return Program(rescue.argv or _RESCUE)
     init = spec.init
@@ -58,7 +63,8 @@ def start_program(spec: GuestSpec, rescue: Rescue | None, resolve: Resolve) -> P
             return _openrc(spec, level or "default", resolve)
         case _:
             level = level or "3"
-            return Program((_find_rc(spec, resolve), level), _levels("N", level))
+            trace = ("/bin/sh", "-x") if is_traced else ()
+            return Program((*trace, _find_rc(spec, resolve), level), _levels("N", level))
 
 
 def stop_program(spec: GuestSpec, rescue: Rescue | None, resolve: Resolve) -> Program | None:

@@ -73,15 +73,18 @@ _CLONE_INTO_CGROUP: Final = 0x200000000
 _SIGCHLD: Final = 17
 
 
-def fork_into_cgroup(cgroup_fd: int) -> int:
-    """As fork(2), with the child in the v2 group behind `cgroup_fd` from its first instruction on.
+def fork_into_cgroup(cgroup_fd: int, flags: int = 0) -> int:
+    """As fork(2), with the child in the v2 group behind `cgroup_fd` from its first instruction on,
+    and in new namespaces of `flags` (CLONE_NEW*).
 
-    Moving a process between groups waits for every cpu, some 15 ms; this does not. The caller has
-    one thread, and nothing that is registered for forks is called. clone3(2), Linux 5.7. Raises
-    OSError: ENOSYS, E2BIG or EINVAL on older kernels, EBUSY or EOPNOTSUPP where the group can have
-    no processes, ENODEV where it is gone.
+    Moving a process between groups waits for every cpu, some 15 ms; this does not. A new cgroup
+    namespace has the caller's group for its root. The caller has one thread, and nothing that is
+    registered for forks is called. clone3(2), Linux 5.7. Raises OSError: ENOSYS, E2BIG or EINVAL on
+    older kernels, EBUSY or EOPNOTSUPP where the group can have no processes, ENODEV where it is
+    gone.
     """
-    wanted = _CloneArgs(flags=_CLONE_INTO_CGROUP, exit_signal=_SIGCHLD, cgroup=cgroup_fd)
+    all_flags = _CLONE_INTO_CGROUP | flags
+    wanted = _CloneArgs(flags=all_flags, exit_signal=_SIGCHLD, cgroup=cgroup_fd)
     return _syscall(_SYS_CLONE3, ctypes.byref(wanted), ctypes.sizeof(wanted))
 
 
