@@ -2,6 +2,8 @@
 
 import os
 import time
+from contextlib import suppress
+from pathlib import Path
 from typing import Final
 
 from vrun.console import Log
@@ -19,6 +21,8 @@ class Audience:
         self._log = log
         self._null_fd = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
         self._listeners: list[Connection] = []
+        self.logfile: Path | None = None
+        """Where notes go too."""
 
     @property
     def first(self) -> Connection | None:
@@ -33,6 +37,11 @@ class Audience:
         if listener in self._listeners:
             self._listeners.remove(listener)
 
+    def say(self, text: str) -> None:
+        """Something that they may want to know."""
+        for listener in self._listeners:
+            listener.say(text)
+
     def warn(self, text: str) -> None:
         """Something went wrong, and the work goes on."""
         for listener in self._listeners:
@@ -40,9 +49,13 @@ class Audience:
         self.note(text)
 
     def note(self, text: str) -> None:
-        """Keep a line in the console log."""
+        """Keep a line in the console log, and in `logfile`."""
         stamp = time.strftime("%Y-%m-%d %H:%M:%S")
         self._log.write(os.fsencode(f"\r\n[{stamp} vserver: {text}]\r\n"))
+        if self.logfile:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK
+            with suppress(OSError), os.fdopen(os.open(self.logfile, flags, 0o640), "ab") as file:
+                file.write(os.fsencode(f"{stamp} {text}\n"))
 
     def end(self, outcome: Outcome) -> list[Connection]:
         """Give everybody the last word; they are left out from now on, and returned."""

@@ -38,15 +38,21 @@ class Log:
     """The file; losing some of it (a full disk) never stops the guest."""
 
     def __init__(self, path: Path) -> None:
-        """Makes the folder and opens the file; raises OSError."""
+        """Makes the folder and opens the file; where that cannot be, `trouble` says why."""
         self.path = path
-        path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
         self.fd = -1
-        self._open()
+        self.trouble = ""
+        try:
+            path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
+            self._open()
+        except OSError as error:
+            self.trouble = f"{path}: {error.strerror}"
+            self.fd = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+            self._size = 0
 
     def write(self, data: bytes) -> None:
         """Add `data`; begins a new file where it has become too long."""
-        if self._size > LOG_BYTES:
+        if self._size > LOG_BYTES and not self.trouble:
             self._rotate()
         with suppress(OSError):
             self._size += os.write(self.fd, data)

@@ -112,6 +112,8 @@ class Monitor:
         self._loop = Loop()
         self._log = Log(log_path(guest.name))
         self._audience = Audience(self._log)
+        if self._log.trouble:
+            first.warn(f"guest {guest.name}: its console is not kept: {self._log.trouble}")
         self._starter: Connection | None = first
         self._failure: Outcome | None = None
         """What the starter is told in the end."""
@@ -217,6 +219,7 @@ class Monitor:
         """One run of the guest, from its start to its end."""
         self._starts = False
         context = self._new_context(load_spec(self._guest, profile=self._order.profile))
+        self._audience.logfile = context.spec.helper.logfile
         for warning in context.spec.warnings:
             self._audience.warn(warning)
         try:
@@ -238,6 +241,9 @@ class Monitor:
         finally:
             self._is_starting = False
             self._loop.forget_abort()
+        if context.spec.noisy or self._order.is_noisy:
+            addresses = " ".join(str(address.ip) for address in context.spec.addresses)
+            self._audience.say(f"context {context.xid}, addresses: {addresses or 'none'}")
         self._run_detached(ending.startup_program(context.spec.helper), context)
 
     def _failed(self, error: ToolError | Aborted) -> None:
@@ -274,10 +280,12 @@ class Monitor:
         self._decide(ended, context, began)
 
     def _note_end(self, context: Context, *, was_asked: bool) -> Ended:
+        """Reaps the guest's first process too: the host's need not be quick at that."""
         deadline = time.monotonic() + _STATUS_WAIT_S
         if context.is_ours:
             self._loop.wait(lambda: context.init_status() is not None, deadline=deadline)
-        status = context.init_status()
+        is_needed = context.is_ours or not was_asked  # the kernel may take long to tell
+        status = context.init_status() if is_needed else None
         ended = ending.describe(status, was_asked=was_asked, is_ours=context.is_ours)
         state.write_ended(self._guest.name, ended)
         self._audience.note(f"guest {self._guest.name}: {ended.text}")

@@ -29,7 +29,7 @@ def main() -> NoReturn:
     words = sys.argv[1:]
     if len(words) == 2 and words[1] in _PLAIN and not words[0].startswith("-"):
         code = run(lambda: _PLAIN[words[1]](names.find(words[0])))
-        sys.stdout.flush()
+        _flush()
         os._exit(code)  # taking the interpreter apart takes 5 ms
     from vrun.commands import guestcommands
 
@@ -92,8 +92,13 @@ def say(text: str) -> None:
 
 def write_through(data: bytes) -> None:
     """What the guest's console shows."""
-    sys.stdout.flush()
+    _flush()
     os.write(1, data)
+
+
+def _flush() -> None:
+    if sys.stdout is not None:  # closed by the caller
+        sys.stdout.flush()
 
 
 HEARER: Final = lifecycle.Hearer(say=say, warn=show, out=write_through)
