@@ -132,7 +132,7 @@ def test_two_guests_cannot_run_with_one_number(host: Host) -> None:
 
 
 def test_a_reboot_from_inside_starts_it_again(host: Host) -> None:
-    host.add_busybox("web", BUSYBOX_INIT)
+    host.add_busybox("web")
     host.vserver("web", "start")
     pid, monitor = host.init_pid("web"), host.monitor_pid("web")
     host.run_inside("web", "reboot", "-f")
@@ -144,7 +144,7 @@ def test_a_reboot_from_inside_starts_it_again(host: Host) -> None:
 
 
 def test_a_halt_from_inside_ends_it(host: Host) -> None:
-    host.add_busybox("web", BUSYBOX_INIT)
+    host.add_busybox("web")
     host.vserver("web", "start")
     host.run_inside("web", "poweroff", "-f")
     host.wait_stopped("web")
@@ -174,6 +174,7 @@ def test_a_guest_that_ignores_every_signal_is_killed(host: Host) -> None:
     deaf = "trap '' INT TERM HUP; echo deaf > /ready; while :; do sleep 100; done"
     root = host.add_busybox("web", {**SLEEPER, "apps/init/cmd.start": f"/bin/sh\n-c\n{deaf}"})
     host.set_key("web", "apps/init/killseq", "15 1 9")
+    host.set_key("web", "apps/vshelper/sync-timeout", "1")
     host.vserver("web", "start")
     pid = host.init_pid("web")
     wait_until((root / "ready").exists)
@@ -279,7 +280,7 @@ def test_a_start_waits_for_another_command_that_has_the_lock(host: Host) -> None
     host.vserver("web", "start")
     host.vserver("web", "stop")
     with subprocess.Popen(
-        ["flock", "--no-fork", host.etc.rundir / "web/lock", "sleep", "0.5"]
+        ["flock", "--no-fork", host.etc.rundir / "web/lock", "sleep", "0.3"]
     ) as holder:
         wait_until(lambda: host.is_locked("web"))
         host.vserver("web", "start")
@@ -299,3 +300,83 @@ def test_the_guest_survives_the_terminal_that_started_it(host: Host) -> None:
     assert os.getsid(monitor) == monitor
     for fd in ("0", "1", "2"):
         assert _link(monitor, f"fd/{fd}") == "/dev/null"
+
+
+# --- networks that are not the host's
+
+
+def test_a_network_of_its_own_has_nothing_of_the_hosts(host: Host) -> None:
+    host.add_busybox("web", {**SLEEPER, "spaces/net": ""})
+    host.vserver("web", "start")
+    pid = host.init_pid("web")
+    assert _link(pid, "ns/net") != _link(os.getpid(), "ns/net")
+    devices = Path(f"/proc/{pid}/net/dev").read_text().splitlines()[2:]
+    assert [line.split(":")[0].strip() for line in devices] == ["lo"]
+
+
+def test_a_named_network_is_made_and_removed(host: Host) -> None:
+    name = f"vtest-{os.getpid()}"
+    host.add_busybox("web", {**SLEEPER, "netns/name": name})
+    host.vserver("web", "start")
+    place = Path("/run/netns") / name
+    inode = place.stat().st_ino
+    assert _link(host.init_pid("web"), "ns/net") == f"net:[{inode}]"
+    assert "there is a network namespace" in _start_of_another(host, name)
+    host.vserver("web", "stop")
+    assert not place.exists()
+
+
+def _start_of_another(host: Host, netns: str) -> str:
+    host.add_busybox("other", {**SLEEPER, "netns/name": netns})
+    return host.vserver("other", "start", code=1).stderr
+
+
+def test_a_guest_can_share_the_network_of_another_that_runs(host: Host) -> None:
+    host.add_busybox("web", {**SLEEPER, "spaces/net": ""})
+    host.add_busybox("db", {**SLEEPER, "spaces/net": "web"})
+    assert "does not run" in host.vserver("db", "start", code=1).stderr
+    host.vserver("web", "start")
+    host.vserver("db", "start")
+    assert _link(host.init_pid("web"), "ns/net") == _link(host.init_pid("db"), "ns/net")
+
+
+def test_warnings_name_what_cannot_be_had(host: Host) -> None:
+    host.add_busybox("web", {**SLEEPER, "keepfds": "", "sysctl/0/setting": "vm.swappiness"})
+    host.set_key("web", "sysctl/0/value", "1")
+    said = host.vserver("web", "start").stderr
+    assert "web/keepfds" in said
+    assert "sysctl/0" in said
+
+
+@pytest.mark.parametrize("free", range(0, 4))
+def test_a_full_disk_is_named_and_nothing_is_left(host: Host, free: int) -> None:
+    """Room for so many files of a page where the run state is kept."""
+    host.add_busybox("web")
+    host.vserver("web", "start")
+    host.vserver("web", "stop")
+    kept = [path.name for path in host.etc.rundir.iterdir()]
+    options = f"size={4 * (free + 1)}k"
+    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", host.etc.rundir], check=True)
+    try:
+        (host.etc.rundir / "filler").write_bytes(bytes(4096))
+        done = host.try_vserver("web", "start")
+        if done.returncode:
+            assert "No space left on device" in done.stderr
+        host.try_vserver("web", "stop")
+        assert host.leftovers() == []
+    finally:
+        subprocess.run(["umount", "--lazy", host.etc.rundir], check=True)
+    assert kept
+
+
+def test_a_console_that_cannot_be_kept_is_a_warning(host: Host) -> None:
+    host.add_busybox("web")
+    host.logdir.write_text("a file in the folder's place")
+    assert "console is not kept" in host.vserver("web", "start").stderr
+
+
+def test_a_caller_without_descriptors_can_start_and_stop(host: Host) -> None:
+    host.add_busybox("web")
+    for word in ("start", "stop"):
+        subprocess.run(["sh", "-c", f"exec {VSERVER} web {word} <&- >&- 2>&-"], check=True)
+    host.vserver("web", "start")
