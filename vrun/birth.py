@@ -5,6 +5,7 @@ nothing of the guest runs anywhere; it builds the root, takes the limits, the fi
 of capabilities, and executes the guest's init by way of a sealed stub. launch.py has the order.
 """
 
+import errno
 import fcntl
 import os
 import termios
@@ -109,7 +110,11 @@ def take_limits(birth: Birth) -> None:
 
 
 def leave_keyring(birth: Birth) -> None:
-    syscalls.join_session_keyring()
+    try:
+        syscalls.join_session_keyring()
+    except OSError as error:
+        if error.errno != errno.ENOSYS:  # a kernel without keys
+            raise
 
 
 def load_filter(birth: Birth) -> None:

@@ -91,7 +91,7 @@ def _load_directory(name: str, root: Path, config: Path) -> GuestSpec:
         xid=xid,
         nid=keys.number("ncontext", least=XIDS[0], most=_MOST_TAG),
         tag=keys.number("tag", least=0, most=_MOST_TAG),
-        hostname=load_host_name(keys),
+        hostname=load_host_name(keys) or name,
         domainname=load_domain_name(keys),
         nice=keys.number("nice", least=-20, most=19) or 0,
         ionice=load_ionice(keys),

@@ -7,6 +7,9 @@ import errno
 import os
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Final, NoReturn
 
 from vrun import birth, ceiling, mounts, namespaces, outside, seccomp, state, styles, syscalls
@@ -35,17 +38,31 @@ def launch(context: Context, steps: tuple[birth.Step, ...]) -> None:
     try:
         plan = _plan_birth(context, FarEnd(chain.far), report_fd)
         kept = {chain.far.socket.fileno(), report_fd, context.network_fd} - {-1}
-        pid = context.loop.forked(_fork(context, plan.group), kept)
-        if pid == 0:
-            birth.run(steps, plan)
+        with _in_root(context):
+            pid = context.loop.forked(_fork(context, plan.group), kept)
+            if pid == 0:
+                birth.run(steps, plan)
         context.take_init(pid)
     finally:
         os.close(report_fd)
         chain.close_far()
 
 
+@contextmanager
+def _in_root(context: Context) -> Iterator[None]:
+    os.fchdir(context.root_fd)
+    try:
+        yield
+    finally:
+        os.chdir("/")
+
+
 def _fork(context: Context, group: Group) -> int:
-    """Fork into the guest's cgroup and namespaces; that of cgroups is taken in there."""
+    """Fork into the guest's cgroup and namespaces; that of cgroups is taken in there.
+
+    The working directory is the one thing that the kernel carries over into a new mount namespace:
+    no descriptor of the root is good for mounts there, and its path may lead elsewhere by now.
+    """
     kinds = {"mnt", "pid", "uts", "ipc"} | ({"net"} if context.spec.network == "own" else set())
     flags = namespaces.flags_of(kinds)
     if "virt_uptime" not in context.spec.flags or not namespaces.has_time():
@@ -97,7 +114,7 @@ def _root_options(context: Context) -> mounts.RootOptions:
     is_systemd = styles.is_systemd(spec, context.resolve)
     owns_network = spec.network in ("own", "named")
     return mounts.RootOptions(
-        root=spec.root,
+        root=Path(),  # the working directory, see _fork()
         nodev="MKNOD" not in spec.capabilities,
         owns_network=owns_network,
         sets_hostname="set_utsname" in spec.ccaps,
@@ -145,6 +162,7 @@ def write_state(context: Context) -> None:
 
 def forget_state(context: Context) -> None:
     state.forget_state(context.spec.name)
+    ceiling.forget(context.spec.name)
 
 
 def execute_init(context: Context) -> None:

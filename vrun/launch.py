@@ -81,6 +81,7 @@ def start(context: Context) -> None:
             done.append(step)
             _do(step, context)
     except BaseException:
+        context.loop.refuse_abort()  # who asked for the end may ask again, or go away
         undo(context, done)
         raise
     finally:

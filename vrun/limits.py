@@ -5,6 +5,7 @@ Totals of a guest are in grouplimits.py.
 
 import os
 import resource
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
@@ -27,6 +28,26 @@ _RAISED: Final = {
     resource.RLIMIT_STACK: resource.RLIM_INFINITY,
 }
 """What the hard limits become that the guest's configuration does not name."""
+_STACK: Final = 8 << 20
+_MEMLOCK: Final = 8 << 20
+_SOFT: Final = {
+    resource.RLIMIT_AS: resource.RLIM_INFINITY,
+    resource.RLIMIT_CORE: 0,
+    resource.RLIMIT_CPU: resource.RLIM_INFINITY,
+    resource.RLIMIT_DATA: resource.RLIM_INFINITY,
+    resource.RLIMIT_FSIZE: resource.RLIM_INFINITY,
+    resource.RLIMIT_MEMLOCK: _MEMLOCK,
+    resource.RLIMIT_NICE: 0,
+    resource.RLIMIT_NOFILE: 1024,
+    resource.RLIMIT_RSS: resource.RLIM_INFINITY,
+    resource.RLIMIT_RTPRIO: 0,
+    resource.RLIMIT_RTTIME: resource.RLIM_INFINITY,
+    resource.RLIMIT_STACK: _STACK,
+}
+"""The soft ones, as the kernel gives them to its first process (INIT_RLIMITS of asm-generic/
+resource.h): what the caller may have set for itself is not handed on."""
+_CALCULATED: Final = (resource.RLIMIT_NPROC, resource.RLIMIT_SIGPENDING)
+"""Those that the kernel takes from the size of the memory: as process 1 has them."""
 
 
 def apply(spec: GuestSpec) -> None:
@@ -48,7 +69,8 @@ def apply(spec: GuestSpec) -> None:
 
 
 def set_rlimits(limits: tuple[Rlimit, ...]) -> None:
-    """Set these limits with setrlimit(2), and raise the hard ones of the others.
+    """Set these limits with setrlimit(2), and make the others what they are after boot: the hard
+    ones as high as can be, the soft ones the kernel's defaults.
 
     Raises NotPermitted for one above the caller's without CAP_SYS_RESOURCE.
     """
@@ -56,8 +78,19 @@ def set_rlimits(limits: tuple[Rlimit, ...]) -> None:
     for number, hard in _RAISED.items():
         if number not in named:
             _raise_hard(number, hard)
+    for number, soft in _defaults():
+        if number not in named:
+            hard = resource.getrlimit(number)[1]
+            resource.setrlimit(number, (hard if _is_above(soft, hard) else soft, hard))
     for limit in limits:
         _set_rlimit(limit)
+
+
+def _defaults() -> Iterator[tuple[int, int]]:
+    yield from _SOFT.items()
+    for number in _CALCULATED:
+        with suppress(OSError):
+            yield number, resource.prlimit(1, number)[0]
 
 
 def _raise_hard(number: int, hard: int) -> None:

@@ -32,6 +32,7 @@ class Loop:
         self._callbacks: dict[int, Callback] = {}
         self._statuses: dict[int, int] = {}
         self._abort: str | None = None
+        self._can_abort = True
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, _note)
@@ -80,11 +81,18 @@ class Loop:
                 self._epoll.unregister(fd)
 
     def abort(self, reason: str) -> None:
-        """Make the wait in work end with Aborted."""
-        self._abort = reason
+        """Make the wait in work end with Aborted, unless that was refused."""
+        if self._can_abort:
+            self._abort = reason
 
-    def forget_abort(self) -> None:
-        """What was to be ended is over."""
+    def refuse_abort(self) -> None:
+        """What is done now must come to its end."""
+        self._can_abort = False
+        self._abort = None
+
+    def allow_abort(self) -> None:
+        """What was to be ended, or must not be, is over."""
+        self._can_abort = True
         self._abort = None
 
     def wait(

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Final, NoReturn
 
-from vrun import control, ending, launch, namespaces, scripts, state, stop, syscalls
+from vrun import control, ending, inherited, launch, namespaces, scripts, state, stop, syscalls
 from vrun.audience import Audience
 from vrun.cgroup import Group
 from vrun.config import load_spec
@@ -84,7 +84,7 @@ def _settle(lock_fd: int, first: Connection) -> int:
     gc.enable()
     os.setsid()
     os.chdir("/")
-    os.umask(0o022)
+    inherited.leave()
     syscalls.set_name(b"vserver-monitor")
     syscalls.set_child_subreaper()
     for ignored in (signal.SIGINT, signal.SIGHUP, signal.SIGPIPE):
@@ -240,10 +240,11 @@ class Monitor:
             launch.start(context)
         finally:
             self._is_starting = False
-            self._loop.forget_abort()
+            self._loop.allow_abort()
         if context.spec.noisy or self._order.is_noisy:
             addresses = " ".join(str(address.ip) for address in context.spec.addresses)
-            self._audience.say(f"context {context.xid}, addresses: {addresses or 'none'}")
+            shown = context.spec.display_name
+            self._audience.say(f"{shown}: context {context.xid}, addresses: {addresses or 'none'}")
         self._run_detached(ending.startup_program(context.spec.helper), context)
 
     def _failed(self, error: ToolError | Aborted) -> None:

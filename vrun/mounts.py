@@ -49,7 +49,7 @@ class RootOptions:
     """What the root of one guest is to be like."""
 
     root: Path
-    """Absolute and without symlinks, on the host."""
+    """Absolute and without symlinks, on the host; "." where the working directory is the root."""
     nodev: bool = True
     """Device nodes in the guest's tree do not work (those of its own /dev do), unless the line of
     its fstab says `dev`."""

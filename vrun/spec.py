@@ -308,13 +308,13 @@ class GuestSpec:
     """What the original marked the guest's files with; None: the xid, where that is static."""
 
     hostname: str | None = None
-    """None: the host's."""
+    """None: the host's, which only an old-style guest can ask for."""
     domainname: str | None = None
 
     nice: int = 0
     """-20..19, and that is what the guest gets, whatever the caller's level is..."""
     nice_is_relative: bool = False
-    """...unless this is set: an old-style S_NICE is added to the caller's."""
+    """...unless this is set: an old-style S_NICE is added to that of the monitor, which is 0."""
     ionice: tuple[int, int] | None = None
     """(class 0..3, level 0..7) of ioprio_set(2)."""
     personality: int | None = None

@@ -94,7 +94,7 @@ def execute(
     is what open_sealed() gave. Raises OSError where there is no stub for this machine (ENOSYS) or
     no program can run from memory.
     """
-    _reset_signals()
+    reset_signals()
     syscalls.close_range_on_exec(REPORT_FD)
     if stub_fd == REPORT_FD:
         stub_fd = os.dup(stub_fd)
@@ -136,7 +136,7 @@ def _kept_image(kind: Kind) -> bytes:
     return made
 
 
-def _reset_signals() -> None:
+def reset_signals() -> None:
     """Default actions (an interpreter ignores SIGPIPE, nohup SIGHUP), nothing blocked."""
     for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
         signal.signal(number, signal.SIG_DFL)

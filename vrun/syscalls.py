@@ -337,8 +337,8 @@ def clear_ambient() -> None:
 # --- this process: prctl(2), personality(2), ioprio_set(2), close_range(2), keyctl(2)
 
 _NUMBERS: Final = {  # asm/unistd_64.h, asm-generic/unistd.h
-    "x86_64": {"bpf": 321, "ioprio_set": 251, "keyctl": 250, "seccomp": 317},
-    "aarch64": {"bpf": 280, "ioprio_set": 30, "keyctl": 219, "seccomp": 277},
+    "x86_64": {"bpf": 321, "ioprio_set": 251, "keyctl": 250, "seccomp": 317, "set_mempolicy": 238},
+    "aarch64": {"bpf": 280, "ioprio_set": 30, "keyctl": 219, "seccomp": 277, "set_mempolicy": 237},
 }
 _MACHINE: Final = _NUMBERS.get(os.uname().machine, {})
 _SYS_CLOSE_RANGE: Final = 436
@@ -396,6 +396,14 @@ def personality(persona: int) -> None:
 def ioprio_set(which: int, who: int, ioprio: int) -> None:
     """Set the I/O class and level: class << IOPRIO_CLASS_SHIFT | level. See ioprio_set(2)."""
     _syscall(_number("ioprio_set"), which, who, ioprio)
+
+
+def reset_memory_policy() -> None:
+    """Take memory from the nodes that are nearest; set_mempolicy(2) with MPOL_DEFAULT, which is 0.
+
+    Raises OSError: ENOSYS where the kernel knows no nodes.
+    """
+    _syscall(_number("set_mempolicy"), 0, 0, 0)
 
 
 def sethostname(name: bytes) -> None:

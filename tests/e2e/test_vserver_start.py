@@ -5,9 +5,12 @@ import pty
 import re
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import Final
 
 import pytest
 
@@ -300,6 +303,94 @@ def test_the_guest_survives_the_terminal_that_started_it(host: Host) -> None:
     assert os.getsid(monitor) == monitor
     for fd in ("0", "1", "2"):
         assert _link(monitor, f"fd/{fd}") == "/dev/null"
+
+
+# --- who runs the command
+
+
+_SPOILED: Final = """
+import os, resource, signal, sys
+os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+os.nice(7)
+os.umask(0o077)
+open("/proc/self/oom_score_adj", "w").write("300")
+ctypes = __import__("ctypes").CDLL(None)
+ctypes.personality(0x0020000)  # UNAME26
+resource.setrlimit(resource.RLIMIT_STACK, (1 << 20, resource.RLIM_INFINITY))
+resource.setrlimit(resource.RLIMIT_CORE, (4096, resource.RLIM_INFINITY))
+resource.setrlimit(resource.RLIMIT_NOFILE, (200, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGCHLD):
+    signal.signal(number, signal.SIG_IGN)
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR2, signal.SIGCHLD})
+os.execvp("ionice", ["ionice", "-c", "3", *sys.argv[1:]])
+"""
+
+
+def _traits(pid: int) -> dict[str, str]:
+    """What a process could have from whoever started it."""
+    folder = Path(f"/proc/{pid}")
+    words = ["Umask", "SigBlk", "SigIgn", "Cpus_allowed_list", "Seccomp"]
+    found = {word: status_of(pid)[word] for word in words}
+    for name in ("limits", "oom_score_adj", "personality"):
+        found[name] = (folder / name).read_text()
+    for command in ("chrt --pid", "ionice --pid"):
+        said = subprocess.check_output([*command.split(), str(pid)], text=True)
+        found[command] = said.replace(str(pid), "")
+    found["nice"] = str(os.getpriority(os.PRIO_PROCESS, pid))
+    return found
+
+
+def test_a_guest_is_the_same_whoever_starts_it(host: Host) -> None:
+    """As from a job of little importance, below nohup(1), in a shell with limits of its own."""
+    host.add_busybox("web")
+    host.vserver("web", "start")
+    plain = _traits(host.init_pid("web"))
+    host.vserver("web", "stop")
+    command = [sys.executable, "-c", _SPOILED, os.fspath(VSERVER), "web", "start"]
+    subprocess.run(command, check=True, timeout=30)
+    spoiled = _traits(host.init_pid("web"))
+    assert {key: (spoiled[key], plain[key]) for key in plain if spoiled[key] != plain[key]} == {}
+    assert (plain["nice"], plain["Umask"], plain["personality"]) == ("0", "0022", "00000000\n")
+
+
+def test_a_guest_without_a_host_name_has_its_own(host: Host) -> None:
+    root = host.add_busybox("web", {**SLEEPER, "uts/nodename": ""})
+    (host.etc.confdir / "web/uts/nodename").unlink()
+    host.vserver("web", "start")
+    assert root.is_dir()
+    assert host.inside("web", "hostname") == "web\n"
+
+
+def test_a_root_that_is_swapped_during_the_start_is_not_taken(host: Host) -> None:
+    root = host.add_busybox("web")
+    write_program(
+        host.etc.confdir / "web/scripts/pre-start", 'mv "$VDIR" "$VDIR.kept" && mkdir "$VDIR"'
+    )
+    host.vserver("web", "start")
+    inside = Path(f"/proc/{host.init_pid('web')}/root").stat()
+    kept = root.with_name("web.kept").stat()
+    assert (inside.st_dev, inside.st_ino) == (kept.st_dev, kept.st_ino)
+    root.rmdir()
+    root.with_name("web.kept").rename(root)
+
+
+def test_signals_while_a_start_is_undone_do_not_disturb_it(host: Host) -> None:
+    """The first ends the start, the others come while all is taken back."""
+    host.add_busybox("web", {**SLEEPER, "interfaces/0/ip": "127.9.9.9", "interfaces/0/dev": "lo"})
+    write_program(host.etc.confdir / "web/scripts/post-start", "sleep 100")
+    with host.begin("web", "start") as start:
+        wait_until(lambda: bool(host.state("web")))
+        monitor = host.monitor_pid("web")
+        for _ in range(50):
+            with suppress(ProcessLookupError):
+                os.kill(monitor, signal.SIGTERM)
+                start.send_signal(signal.SIGTERM)
+            time.sleep(0.002)
+        assert start.wait(20) != 0
+    wait_until(lambda: not host.is_locked("web"))
+    assert host.leftovers() == []
+    assert "127.9.9.9" not in subprocess.check_output(["ip", "address", "show", "lo"], text=True)
 
 
 # --- networks that are not the host's

@@ -65,7 +65,21 @@ def test_a_hard_limit_that_no_file_names_is_raised_or_stays() -> None:
     ).stdout.decode()
     (line,) = (line for line in shown.splitlines() if line.startswith("Max open files"))
     may_raise = int(Path("/proc/self/status").read_text().split("CapEff:\t")[1][:16], 16) >> 24 & 1
-    assert line.split()[3:5] == ["50", "1048576" if may_raise else "90"]
+    assert line.split()[3:5] == (["1024", "1048576"] if may_raise else ["90", "90"])
+
+
+def test_soft_limits_of_the_caller_are_not_handed_on() -> None:
+    def lower_then_apply() -> None:
+        resource.setrlimit(resource.RLIMIT_STACK, (1 << 20, resource.RLIM_INFINITY))
+        resource.setrlimit(resource.RLIMIT_CORE, (1, resource.RLIM_INFINITY))
+        limits.apply(_spec())
+
+    shown = subprocess.run(
+        ["cat", "/proc/self/limits"], preexec_fn=lower_then_apply, capture_output=True, check=True
+    ).stdout.decode()
+    lines = {line[:26].strip(): line[26:].split()[0] for line in shown.splitlines()}
+    assert lines["Max stack size"] == str(8 << 20)
+    assert lines["Max core file size"] == "0"
 
 
 def test_a_limit_above_the_callers_is_named() -> None:

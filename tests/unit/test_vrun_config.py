@@ -32,8 +32,8 @@ def differing(spec: GuestSpec, other: GuestSpec) -> set[str]:
 def test_a_folder_with_nothing_but_vdir_has_the_defaults_of_the_record(etc: Configuration) -> None:
     spec = etc.spec_of({})
     bare = GuestSpec(name="web", root=etc.vdirbase / "web")
-    assert differing(spec, bare) == {"config", "display_name"}
-    assert (spec.config, spec.display_name) == (etc.confdir / "web", "web")
+    assert differing(spec, bare) == {"config", "display_name", "hostname"}
+    assert (spec.config, spec.display_name, spec.hostname) == (etc.confdir / "web", "web", "web")
 
 
 def test_the_minimal_guest_of_the_documentation(etc: Configuration) -> None:
@@ -79,7 +79,7 @@ EVERY_KEY: list[tuple[str, Keys]] = [
     ("domainname", {"domainname": "nis"}),
     ("keepfds", {"keepfds": True}),
     ("uts/sysname", {"uts/sysname": "Linus"}),
-    ("uts/nodename", {"uts/nodename": "web"}),
+    ("uts/nodename", {"uts/nodename": "www"}),
     ("uts/release", {"uts/release": "2.6.32"}),
     ("uts/version", {"uts/version": "#1"}),
     ("uts/machine", {"uts/machine": "i686"}),
@@ -150,7 +150,11 @@ ALL_KEYS = {key for _, keys in EVERY_KEY for key in keys} | {
 @pytest.mark.parametrize("keys", [pytest.param(keys, id=name) for name, keys in EVERY_KEY])
 def test_no_key_is_ignored_in_silence(etc: Configuration, keys: Keys) -> None:
     bare = GuestSpec(
-        name="web", root=etc.vdirbase / "web", config=etc.confdir / "web", display_name="web"
+        name="web",
+        root=etc.vdirbase / "web",
+        config=etc.confdir / "web",
+        display_name="web",
+        hostname="web",
     )
     assert etc.spec_of(keys) != bare
 

@@ -20,6 +20,7 @@ from vstore.guest import Guest
 
 EXIT_INTERRUPTED: Final = 130
 """As a shell reports a program that SIGINT ended."""
+_ENDING: Final = (signal.SIGTERM, signal.SIGHUP)
 
 
 def main() -> NoReturn:
@@ -46,7 +47,7 @@ def _fill_standard() -> None:
 
 def run(work: Callable[[], int]) -> int:
     """The exit code of `work`; a failure is shown as message and hint."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in _ENDING:
         if signal.getsignal(number) == signal.SIG_DFL:  # nohup(1) ignores SIGHUP
             signal.signal(number, _end)
     try:
@@ -69,6 +70,8 @@ def run(work: Callable[[], int]) -> int:
 
 
 def _end(number: int, frame: FrameType | None) -> NoReturn:
+    for other in _ENDING:  # a second one must not disturb what is taken back
+        signal.signal(other, signal.SIG_IGN)
     raise SystemExit(128 + number)
 
 
