@@ -137,7 +137,7 @@ def test_somebody_who_follows_the_console_sees_it_until_the_end(host: Host) -> N
     speak = "while :; do echo tick; sleep 0.05; done"
     host.add_busybox("web", {**SLEEPER, "apps/init/cmd.start": f"/bin/sh\n-c\n{speak}"})
     host.vserver("web", "start")
-    with host.begin("web", "console") as follower:
+    with host.begin("web", "console", "--follow") as follower:
         time.sleep(0.3)
         host.vserver("web", "stop")
         shown, _ = follower.communicate(timeout=10)

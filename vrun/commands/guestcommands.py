@@ -65,6 +65,13 @@ def _ignore(text: str) -> None:
     pass
 
 
+class _Shown(logging.Handler):
+    """What the modules below log is shown as all that is said on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        show(record.getMessage())
+
+
 @click.command(
     "vserver",
     context_settings={"allow_interspersed_args": False, "max_content_width": 80},
@@ -97,8 +104,7 @@ def _command(context: click.Context, /, *, words: tuple[str, ...], **given: Any)
         click.echo(context.get_usage(), err=True)
         show(f"{name!r} is no command; known are {' '.join(COMMANDS)}")
         return EXIT_USAGE
-    if given["debug"]:
-        logging.basicConfig(level=logging.DEBUG, stream=sys.stderr)
+    logging.basicConfig(level=logging.DEBUG if given["debug"] else None, handlers=[_Shown()])
     if given["strace"]:
         _trace(sys.argv[1:])
     order = Order(
@@ -217,11 +223,18 @@ def _status(request: Request) -> int:
     return 0 if found.running else EXIT_STOPPED
 
 
+_CONSOLE = click.Command(
+    "console",
+    params=[click.Option(["-f", "--follow"], is_flag=True, help="Only show it.")],
+    help="Show the guest's console, and type on it; Ctrl-] leaves it.",
+)
+
+
 def _console(request: Request) -> int:
-    _parse(_PLAIN, request, "console")
+    given = _parse(_CONSOLE, request, "console")
     from vrun.attach import attach
 
-    attach(request.guest.name)
+    attach(request.guest.name, follow=given["follow"])
     return 0
 
 
