@@ -189,8 +189,10 @@ def _wait(loop: Loop, pid: int) -> int:
     try:
         status = loop.wait_child(pid)
     except BaseException:
-        with suppress(ProcessLookupError):
-            os.killpg(pid, _KILLED)  # it is the first of a session of its own
+        # It is the first of a session of its own, or will be in a moment.
+        for kill in (os.killpg, os.kill, os.killpg):
+            with suppress(ProcessLookupError):
+                kill(pid, _KILLED)
         raise
     code = os.waitstatus_to_exitcode(status or 0)
     return 128 - code if code < 0 else code

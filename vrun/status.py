@@ -58,6 +58,16 @@ def as_text(status: Status) -> str:
     return "\n".join(lines)
 
 
+def as_line(status: Status) -> str:
+    """One line, behind the guest's name."""
+    running = status.running
+    if running is None:
+        return f"stopped; {_when(status.ended)}" if status.ended else "stopped"
+    count = "1 process" if status.processes == 1 else f"{status.processes} processes"
+    monitor = "" if status.has_monitor else "; its monitor is gone"
+    return f"runs, context {running.xid}, {count}, up {show_uptime(status.uptime_s)}{monitor}"
+
+
 def as_json(status: Status) -> dict[str, Any]:
     """The object that `status --json` prints."""
     running, ended = status.running, status.ended

@@ -9,12 +9,13 @@ import pytest
 from tests.fixtures import manpages
 from tests.fixtures.manpages import section, subsection, subsections
 from vrun import enter, names
-from vrun.commands import build, guestcommands, vserver
+from vrun.commands import build, bulkoptions, guestcommands, vserver, vservers
 from vrun.config_init import STYLES
 
 _PAGES = Path(__file__).parents[2] / "vrun/man"
 _VSERVER = _PAGES / "vserver.8"
 _BUILD = _PAGES / "vserver-build.8"
+_VSERVERS = _PAGES / "vservers.8"
 
 _CODES = {
     0,
@@ -135,3 +136,22 @@ def test_build_explains_every_exit_code() -> None:
     text = manpages.plain(_BUILD)
     assert manpages.explains_code(text, build.EXIT_USAGE)
     assert [code for code in (0, 1, 130) if not manpages.explains_code(text, code)] == []
+
+
+# --- vservers(8)
+
+
+def test_vservers_explains_every_word_and_option() -> None:
+    text = manpages.plain(_VSERVERS)
+    assert set(subsections(text)) == set(vservers.COMMANDS)
+    assert [word for word in vservers.COMMANDS if word not in section(text, "SYNOPSIS")] == []
+    options = options_of(bulkoptions.command) | {"--help"}
+    assert unsaid(section(text, "OPTIONS"), options) == []
+    assert set(manpages.explained_options(section(text, "OPTIONS"))) <= options
+
+
+def test_vservers_explains_every_exit_code() -> None:
+    text = manpages.plain(_VSERVERS)
+    codes = {0, vservers.EXIT_ALL, vservers.EXIT_SOME, vserver.EXIT_INTERRUPTED}
+    listed = {int(code) for code in re.findall(r"^(\d+)$", section(text, "EXIT STATUS"), re.M)}
+    assert listed == codes

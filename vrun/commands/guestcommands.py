@@ -10,6 +10,7 @@ from typing import Any, Final, NoReturn
 import click
 
 from vrun import lifecycle, names, status
+from vrun.commands.logged import Shown
 from vrun.commands.vserver import HEARER, say, show
 from vrun.errors import ToolError
 from vrun.order import Order, Rescue
@@ -65,13 +66,6 @@ def _ignore(text: str) -> None:
     pass
 
 
-class _Shown(logging.Handler):
-    """What the modules below log is shown as all that is said on stderr."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        show(record.getMessage())
-
-
 @click.command(
     "vserver",
     context_settings={"allow_interspersed_args": False, "max_content_width": 80},
@@ -104,7 +98,9 @@ def _command(context: click.Context, /, *, words: tuple[str, ...], **given: Any)
         click.echo(context.get_usage(), err=True)
         show(f"{name!r} is no command; known are {' '.join(COMMANDS)}")
         return EXIT_USAGE
-    logging.basicConfig(level=logging.DEBUG if given["debug"] else None, handlers=[_Shown()])
+    logging.basicConfig(
+        level=logging.DEBUG if given["debug"] else None, handlers=[Shown("vserver")]
+    )
     if given["strace"]:
         _trace(sys.argv[1:])
     order = Order(

@@ -26,7 +26,7 @@ _ENDING: Final = (signal.SIGTERM, signal.SIGHUP)
 def main() -> NoReturn:
     """The console script."""
     gc.disable()  # nothing that is imported is garbage, and to find that out takes time
-    _fill_standard()
+    fill_standard()
     words = sys.argv[1:]
     if len(words) == 2 and words[1] in _PLAIN and not words[0].startswith("-"):
         code = run(lambda: _PLAIN[words[1]](names.find(words[0])))
@@ -38,34 +38,32 @@ def main() -> NoReturn:
     sys.exit(run(lambda: guestcommands.main(words)))
 
 
-def _fill_standard() -> None:
+def fill_standard() -> None:
     """Open descriptors 0 to 2 where the caller closed them: others would take their place."""
     while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(fd)
 
 
-def run(work: Callable[[], int]) -> int:
-    """The exit code of `work`; a failure is shown as message and hint."""
+def run(work: Callable[[], int], *, name: str = "vserver") -> int:
+    """The exit code of `work`; a failure of the command `name` is shown as message and hint."""
     for number in _ENDING:
         if signal.getsignal(number) == signal.SIG_DFL:  # nohup(1) ignores SIGHUP
             signal.signal(number, _end)
     try:
         return work()
     except ToolError as error:
-        show(error.message)
-        if error.hint:
-            show(error.hint, start="hint")
+        show_failure(error.message, error.hint, start=name)
         return code_of(error)
     except KeyboardInterrupt:
-        show("interrupted")
+        show("interrupted", start=name)
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
     except OSError as error:
         place = f"{error.filename}: " if isinstance(error.filename, str) else ""
-        show(f"{place}{error.strerror or error}")
+        show(f"{place}{error.strerror or error}", start=name)
         return 1
 
 
@@ -86,6 +84,13 @@ def show(text: str, *, start: str = "vserver") -> None:
     from vstore.render import show_text
 
     print(show_text(f"{start}: {text}"), file=sys.stderr, flush=True)  # noqa: T201
+
+
+def show_failure(message: str, hint: str | None, *, start: str) -> None:
+    """What failed, and what can be done about it, on stderr."""
+    show(message, start=start)
+    if hint:
+        show(hint, start="hint")
 
 
 def say(text: str) -> None:
