@@ -2,7 +2,7 @@
 
     python -m bench unify                 real guests: times, bytes reclaimed, memory
     python -m bench scale --kind mix      seeded trees: 100,000 and 1,000,000 files
-    python -m bench start --repeat 20     one guest: `vserver` beside systemd-nspawn, runc, ...
+    python -m bench start --repeat 20     a guest beside systemd-nspawn, runc, ...; 50 at once
 
 Reports go to bench/reports/ as Markdown and JSON. A text NAME.notes.md beside them becomes part
 of the Markdown.

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from bench import startreport, starts
+from bench.bulk import Bulk
 from bench.report import Listed, Machine
 from bench.starts import NSPAWN, VSERVER, Memory, Results, Start
 
@@ -17,7 +18,12 @@ STARTS = [
     Start(NSPAWN, 2, 0.06, 0.07, 0.10),
     Start(VSERVER, 3, 9, 9, 9),
 ]
-RESULTS = Results(STARTS, [Memory(VSERVER, 1, 1, 8 * MIB, 9 * MIB)], {"runc": "ended with 1: no"})
+RESULTS = Results(
+    STARTS,
+    [Memory(VSERVER, 1, 1, 8 * MIB, 9 * MIB)],
+    {"runc": "ended with 1: no"},
+    [Bulk(1, 50, 0.5, 0.6, 0.2, 4 * MIB, 5 * MIB), Bulk(2, 50, 1.5, 1.8, 0.3, 4 * MIB, 5 * MIB)],
+)
 
 
 def test_parts_are_of_the_same_round() -> None:
@@ -36,7 +42,13 @@ def test_targets_say_what_was_reached() -> None:
     assert cycle.reached == pytest.approx(2.5)
     assert (first.is_met, cycle.is_met) == (True, False)
     assert (memory.reached, memory.is_met) == (8, True)
-    assert many.is_met is None
+    assert many.reached == pytest.approx(0.375)
+    assert many.is_met
+
+
+def test_what_was_not_measured_is_neither_met_nor_missed() -> None:
+    targets = starts.targets(Results([], [], {}, []))
+    assert {target.is_met for target in targets} == {None}
 
 
 def test_the_report_names_who_is_missing_and_who_was_refused(tmp_path: Path) -> None:
@@ -54,4 +66,7 @@ def test_the_report_names_who_is_missing_and_who_was_refused(tmp_path: Path) -> 
     assert "missing (package lxc)" in text
     assert "- runc: ended with 1: no" in text
     assert "| systemd-nspawn | 40.0 / 50.0 / 60.0 | 0.50 / 0.75 / 1.00 |" in text
+    assert (
+        "| first instruction of the last guest | 500 / 1000 / 1500 | 0.25 / 0.38 / 0.50 |" in text
+    )
     assert json.loads((tmp_path / "start.json").read_text())["results"]["starts"][0]["round"] == 1
