@@ -23,6 +23,7 @@ SK_LOOKUP_TCP: Final = 84
 SK_LOOKUP_UDP: Final = 85
 SK_RELEASE: Final = 86
 SK_STORAGE_GET: Final = 107
+PROBE_READ_KERNEL: Final = 113
 SET_RETVAL: Final = 187
 
 _INSTRUCTION: Final = struct.Struct("=BBhi")
@@ -131,11 +132,11 @@ class Code:
     def bit_and(self, target: Register, value: Register | int) -> None:
         self._compute(0x50, target, value, False)
 
-    def bit_or(self, target: Register, value: Register | int) -> None:
-        self._compute(0x40, target, value, False)
+    def bit_or(self, target: Register, value: Register | int, *, wide: bool = False) -> None:
+        self._compute(0x40, target, value, wide)
 
-    def bit_xor(self, target: Register, value: Register | int) -> None:
-        self._compute(0xA0, target, value, False)
+    def bit_xor(self, target: Register, value: Register | int, *, wide: bool = False) -> None:
+        self._compute(0xA0, target, value, wide)
 
     def shift_left(self, target: Register, bits: int) -> None:
         self._compute(0x60, target, bits, False)

@@ -19,7 +19,7 @@ half for n below 128. What the kernel says of names and peers is turned back: th
 127.0.0.1 and ::1. Ports that only the host or another guest listens on for 0.0.0.0 are closed on
 the guest's loopback. A datagram to ::1 from a socket that is not connected is refused
 (ENETUNREACH). An ICMP socket has no hook: a ping leaves with the source that the route has, the
-host's.
+host's. Abstract unix names that others have are names that nobody has (abstracthooks.py).
 """
 
 import errno
@@ -31,12 +31,17 @@ from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 from typing import Final
 
-from vrun import addresshooks, bpf, packethooks
+from vrun import abstracthooks, addresshooks, bpf, kerneltypes, packethooks
 from vrun.errors import ConfigInvalid, NotPermitted
 from vrun.sockcode import Rules
 from vrun.spec import GuestSpec
+from vstore.guest import rundir
 from vstore.record import replace
 
+_OPEN_NAMES: Final = (
+    "can reach abstract unix sockets of the host and of other bound guests: this kernel cannot "
+    "refuse them ({reason}); Linux 6.7 can, and spaces/net ends it"
+)
 _BINDV6ONLY: Final = Path("/proc/sys/net/ipv6/bindv6only")
 
 
@@ -67,20 +72,43 @@ def attach(
             raise _refusal(error) from error
 
 
+def keep_from_abstract_names(cgroup_fd: int, folder: Path) -> str:
+    """Keep sockets made in the cgroup, and below it, from abstract unix names of others.
+
+    Where members of the kernel's structures lie is kept in `folder`. Returns why this kernel cannot
+    do it, "" where it is done.
+    """
+    try:
+        places = kerneltypes.find_places(abstracthooks.MEMBERS, folder)
+        program = abstracthooks.guard(places, os.fstat(cgroup_fd).st_ino)
+        for hook in abstracthooks.HOOKS:
+            program_fd = bpf.load_program(program, hook)
+            try:
+                bpf.attach(cgroup_fd, hook, program_fd)
+            finally:
+                os.close(program_fd)
+    except kerneltypes.TypesUnknown as error:
+        return f"{error}"
+    except OSError as error:
+        return os.strerror(error.errno or 0)  # what the verifier says is of no use to a person
+    return ""
+
+
 def restrict(group: Path, spec: GuestSpec, xid: int) -> tuple[str, ...]:
     """Restrict a guest's cgroup, a folder of the v2 hierarchy, to the guest's addresses.
 
-    Before anything of the guest is in it. Returns what the guest cannot do, a line each. Raises
-    NotPermitted, ConfigInvalid.
+    Before anything of the guest is in it. Returns what the guest cannot do, or what it cannot be
+    kept from, a line each. Raises NotPermitted, ConfigInvalid.
     """
     addresses = [address.ip for address in spec.addresses]
     loopback = spec.loopback or default_loopback(xid)
     fd = os.open(group, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         attach(fd, addresses, loopback=None if "lback_allow" in spec.nflags else loopback)
+        reason = keep_from_abstract_names(fd, rundir() / ".filters")
     finally:
         os.close(fd)
-    return limits(addresses)
+    return (*limits(addresses), *((_OPEN_NAMES.format(reason=reason),) if reason else ()))
 
 
 def default_loopback(xid: int) -> IPv4Address:
