@@ -18,6 +18,7 @@ from typing import Final
 
 from vrun import mountfd, syscalls
 from vrun.errors import ToolError
+from vrun.sources import open_source
 from vrun.spec import Device
 from vstore.record import dataclass
 
@@ -123,7 +124,9 @@ def _copy_node(dev_fd: int, device: Device) -> None:
     `dev_fd` is a new file system of ours, in which no name is a symlink.
     """
     try:
-        found = device.source.stat()
+        source = open_source(os.fspath(device.source))
+        found = os.fstat(source.fd)
+        os.close(source.fd)
     except OSError as error:
         raise ToolError(f"device {device.source} of the guest: {error.strerror}") from error
     if not stat.S_ISCHR(found.st_mode) and not stat.S_ISBLK(found.st_mode):

@@ -5,6 +5,7 @@ descriptors: whatever symlinks the tree holds, and whoever swaps them meanwhile,
 """
 
 import os
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -275,7 +276,7 @@ def _make_in_dev(tree_fd: int, line: Mount) -> None:
     A file where one is to be bound to it. There is nothing of the guest's in /dev yet.
     """
     target = volumes.target_of(line)
-    is_file = "bind" in line.options and not Path("/", line.source).is_dir()
+    is_file = "bind" in line.options and volumes.kind_of(line.source) != stat.S_IFDIR
     with mountfd.doing(line.source, target), ExitStack() as stack:
         folder_fd = mountfd.open_inside(tree_fd, "/dev", follow=False)
         stack.callback(os.close, folder_fd)

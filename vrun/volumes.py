@@ -1,5 +1,6 @@
 """The lines of a guest's fstab, mounted below its root: sources on the host, targets inside.
 
+A source that lies in the tree of another guest is reached as that guest would see it (sources.py).
 Most are mounted by system calls alone. Where a file system has a mount(8) helper (nfs, cifs, fuse),
 or the source is a label, a UUID or an image file, mount(8) mounts in a folder of ours, and from
 there the mount is moved to the target: no program is ever given a path of the guest's.
@@ -8,11 +9,11 @@ there the mount is moved to the target: no program is ever given a path of the g
 import os
 import stat
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
-from vrun import mountfd, syscalls
+from vrun import mountfd, sources, syscalls
 from vrun.errors import ToolError
 from vrun.spec import Mount
 from vstore.guest import rundir
@@ -153,8 +154,10 @@ def _make(mount: Mount, words: Words) -> int:
     if words.bind or mount.fstype in ("bind", "rbind"):
         mount_fd = _bind(mount, words)
     elif _needs_program(mount, words):
+        _refuse_guests(mount)
         mount_fd = _mount_by_program(mount)
     else:
+        _refuse_guests(mount)
         ro = ("ro",) if words.attributes & syscalls.MOUNT_ATTR_RDONLY else ()
         options = (*words.for_filesystem, *ro)
         mount_fd = mountfd.make(mount.fstype, options=options, source=mount.source)
@@ -168,11 +171,11 @@ def _make(mount: Mount, words: Words) -> int:
 
 def _bind(mount: Mount, words: Words) -> int:
     recursive = words.recursive or mount.fstype == "rbind"
-    source_fd = os.open(Path("/", mount.source), os.O_PATH | os.O_CLOEXEC)
+    source = sources.open_source(mount.source)
     try:
-        return mountfd.copy(source_fd, recursive=recursive)
+        return mountfd.copy(source.fd, recursive=recursive)
     finally:
-        os.close(source_fd)
+        os.close(source.fd)
 
 
 def _set_attributes(mount_fd: int, words: Words, *, recursive: bool) -> None:
@@ -211,10 +214,34 @@ def _needs_program(mount: Mount, words: Words) -> bool:
 
 
 def _is_image(source: str) -> bool:
+    return source.startswith("/") and kind_of(source) == stat.S_IFREG
+
+
+def kind_of(source: str) -> int | None:
+    """S_IFDIR and so on of what the host's path leads to; None where there is nothing."""
     try:
-        return source.startswith("/") and stat.S_ISREG(Path(source).stat().st_mode)
+        found = sources.open_source(source)
     except OSError:
-        return False
+        return None
+    try:
+        return found.kind
+    finally:
+        os.close(found.fd)
+
+
+def _refuse_guests(mount: Mount) -> None:
+    """A device or an image is mounted by its path, and a guest can change what that leads to."""
+    if not mount.source.startswith("/"):
+        return
+    with suppress(FileNotFoundError, NotADirectoryError):
+        source = sources.open_source(mount.source)
+        os.close(source.fd)
+        if source.is_in_guest:
+            raise ToolError(
+                f"{mount.where}: {mount.source} lies in a guest's tree, whose root can put "
+                "anything in its place",
+                hint="move it to a folder of the host's",
+            )
 
 
 def _mount_by_program(mount: Mount) -> int:

@@ -1,24 +1,23 @@
 """Guests whose tree was made to lead the host astray: links to the host, swapped while we mount."""
 
 import os
-import signal
 import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from time import monotonic
-from typing import Final, NoReturn
+from typing import Final
 
 import pytest
 
 from tests.fixtures.inside import ALL, FailedInside, resident
 from tests.fixtures.mountinfo import mounts_of
 from tests.fixtures.probes import scaled
+from tests.fixtures.swapper import swapping
 from tests.fixtures.trees import File, Folder, grow, snapshot
 from vrun import mounts
 from vrun.mounts import RootOptions
 from vrun.spec import Mount
-from vstore.syscalls import RENAME_EXCHANGE, renameat2
 
 _SECRET: Final = b"of the host"
 
@@ -161,7 +160,7 @@ def test_a_fifo_or_a_file_in_the_place_of_a_folder_is_refused(root: Path, name: 
 def test_a_link_swapped_in_while_we_mount_leads_nowhere(host: Path, root: Path, name: str) -> None:
     (root / "link").symlink_to("../canary")
     outcomes = set()
-    with _swapping(root, name, "link"):
+    with swapping(root, name, "link"):
         deadline = monotonic() + scaled(5, 600) / 10
         while monotonic() < deadline:
             outcomes.add(_try(root).rpartition("ToolError: ")[2].partition("\n")[0])
@@ -172,7 +171,7 @@ def test_a_link_swapped_in_while_we_mount_leads_nowhere(host: Path, root: Path, 
 def test_a_folder_swapped_with_another_does_not_get_the_mount_out(host: Path, root: Path) -> None:
     """What is renamed after it was found takes the mount along; the start notices."""
     (root / "other" / "data").mkdir(parents=True)
-    with _swapping(root, "srv", "other"):
+    with swapping(root, "srv", "other"):
         deadline = monotonic() + scaled(5, 300) / 10
         while monotonic() < deadline:
             _try(root)
@@ -190,22 +189,3 @@ def _remove(path: Path) -> None:
         path.rmdir()
     else:
         path.unlink()
-
-
-@contextmanager
-def _swapping(folder: Path, one: str, other: str) -> Iterator[None]:
-    """Another process exchanges two names of the folder as fast as it can."""
-    pid = os.fork()
-    if pid == 0:
-        _swap(folder, one.encode(), other.encode())
-    try:
-        yield
-    finally:
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-
-
-def _swap(folder: Path, one: bytes, other: bytes) -> NoReturn:
-    folder_fd = os.open(folder, os.O_PATH)
-    while True:
-        renameat2(folder_fd, one, folder_fd, other, flags=RENAME_EXCHANGE)
