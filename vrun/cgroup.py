@@ -51,8 +51,13 @@ class Group:
         That takes some 15 ms on most machines. Raises OSError: ENODEV where the group was removed,
         ESRCH for no such process.
         """
-        for folder in dict.fromkeys((*self.v1.values(), self.path / _GUEST)):
+        for folder in self.homes:
             (folder / "cgroup.procs").write_text(str(pid))
+
+    @property
+    def homes(self) -> tuple[Path, ...]:
+        """The folders that `join` moves a process to, that of the v2 hierarchy last."""
+        return tuple(dict.fromkeys((*self.v1.values(), self.path / _GUEST)))
 
     def fork(self, flags: int) -> int:
         """As os.fork(), with the child in the guest and in new namespaces of `flags`, CLONE_NEW*.

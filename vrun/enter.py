@@ -21,6 +21,7 @@ from typing import Final
 from vrun import capabilities, ceiling, namespaces, seccomp, stub, users
 from vrun.cgroup import Group
 from vrun.errors import ToolError
+from vrun.freezer import find_frozen
 from vrun.hierarchy import find_hierarchies
 from vrun.joiner import (
     EXIT_CANNOT_EXECUTE,
@@ -65,6 +66,8 @@ _ENDING: Final = frozenset(_FORWARDED[:4])
 _OF_TERMINALS: Final = (signal.SIGWINCH, signal.SIGTSTP, signal.SIGCONT)
 _PATIENCE_S: Final = 1.0
 """So long a joiner has to take all that it needs when we are to end; it takes some milliseconds."""
+_FROZEN_S: Final = 2.0
+"""So long a frozen guest is waited for: unifying holds guests still for moments."""
 
 
 class GuestStopped(ToolError):
@@ -172,6 +175,19 @@ def _open(name: str, stack: ExitStack) -> Target:
     )
 
 
+def _wait_thawed(target: Target) -> None:
+    """Raises JoinFailed: a process that joins a frozen guest could not even say so."""
+    deadline = time.monotonic() + _FROZEN_S
+    while frozen := find_frozen(target.group.homes):
+        if time.monotonic() > deadline:
+            raise JoinFailed(
+                f"guest {target.name}: is frozen: {frozen}",
+                hint=f"echo {'0' if frozen.name == 'cgroup.freeze' else 'THAWED'} > {frozen}; "
+                f"vserver {target.name} stop ends it frozen, too",
+            )
+        time.sleep(_FROZEN_S / 40)
+
+
 def _load_group(name: str, state: RunState) -> Group:
     made = load_resources(name)
     return Group.from_record(made.cgroup) if made and made.cgroup else Group.load(state.cgroup)
@@ -243,6 +259,13 @@ class _Command:
         self._waiting: list[int] = []
 
     @property
+    def groups(self) -> list[Path]:
+        """The groups that it is in by now."""
+        with suppress(OSError):
+            return [_group_of(self.pid)]
+        return []
+
+    @property
     def is_awaited(self) -> bool:
         """Whether signals wait for the command to be there."""
         return bool(self._waiting)
@@ -265,16 +288,24 @@ class _Command:
     def wait_until_run(self, failure_fd: int) -> Failure | None:
         """Why the joiner did not become the stub; None as soon as it has.
 
-        One that hangs (in a file system of the guest's) is killed when we are to end.
+        One that hangs (in a file system of the guest's) is killed when we are to end, and one that
+        was frozen with its guest in any case.
         """
         data = b""
         last = time.monotonic() + _PATIENCE_S
+        thawed = time.monotonic()
         while True:
             if select.select([failure_fd], [], [], _PATIENCE_S / 10)[0]:
                 block = os.read(failure_fd, 4096)
                 if not block:
                     return parse_failure(data)
                 data += block
+                continue
+            frozen = find_frozen(self.groups)
+            thawed = thawed if frozen else time.monotonic()
+            if frozen and time.monotonic() > thawed + _FROZEN_S:
+                os.kill(self.pid, signal.SIGKILL)
+                data = os.fsencode(f"{EXIT_FAILED}\0is frozen: {frozen}")
             elif _ENDING.intersection(self._waiting) and time.monotonic() > last:
                 os.kill(self.pid, signal.SIGKILL)
                 data = b"%d\0cannot be joined: interrupted" % EXIT_FAILED
@@ -363,6 +394,7 @@ def _signals_passed(command: _Command, relay: Relay) -> Iterator[None]:
 
 
 def _run(target: Target, user: User, argv: tuple[str, ...]) -> int:
+    _wait_thawed(target)
     with ExitStack() as stack:
         relay = Relay((0, 1, 2), target.root_fd)
         stack.callback(relay.close)

@@ -23,7 +23,9 @@ from tests.fixtures.contexts import (
     starting,
 )
 from tests.fixtures.joins import PROGRAM, background, command_of, environment, join
+from tests.fixtures.probes import need, own_v1_freezer
 from tests.fixtures.witness import children_of, link, state_of, wait_until
+from vrun.freezer import find_frozen
 
 Start = Callable[[Wish], Context]
 
@@ -348,17 +350,65 @@ def test_a_stop_stops_the_command_until_it_goes_on(web: Context) -> None:
         wait_until(lambda: state_of(client.pid) == "S" and state_of(pid) == "S")
 
 
-def test_one_who_waits_for_a_frozen_guest_can_be_interrupted(web: Context) -> None:
+@pytest.mark.parametrize("group", ["", "guest"])
+def test_a_frozen_guest_is_waited_for_a_moment_and_then_said(web: Context, group: str) -> None:
     join("exec", "web", "true")  # compiles the filter, for which libraries are looked for
+    file = web.cgroup / group / "cgroup.freeze"
+    file.write_text("1")
+    try:
+        done = join("exec", "web", "true")
+    finally:
+        file.write_text("0")
+    assert (done.returncode, done.stdout) == (125, "")
+    assert done.stderr == f"guest web: is frozen: {file}\n"
+    assert join("exec", "web", "true").returncode == 0
+
+
+def test_a_guest_that_is_frozen_for_a_moment_is_no_failure(web: Context) -> None:
     (web.cgroup / "cgroup.freeze").write_text("1")
     try:
-        with background("exec", "web", "true") as client:
-            wait_until(lambda: bool(children_of(client.pid)))
-            client.send_signal(signal.SIGINT)
-            assert client.wait(10) == 125
+        with background("exec", "web", "echo", "there") as client:
+            time.sleep(0.5)
+            (web.cgroup / "cgroup.freeze").write_text("0")
+            assert client.wait(10) == 0
     finally:
         (web.cgroup / "cgroup.freeze").write_text("0")
-    assert join("exec", "web", "true").returncode == 0
+
+
+def test_a_guest_that_freezes_whoever_joins_holds_nobody_up(web: Context) -> None:
+    """It is frozen when the joiner comes, and was not when we looked."""
+    join("exec", "web", "true")
+    (web.cgroup / "guest/trap").mkdir()
+    trap = web.cgroup / "guest/trap/cgroup.freeze"
+    trap.write_text("1")
+    done = None
+    try:
+        for _ in range(20):
+            with background("exec", "web", "sleep", "60") as client:
+                wait_until(lambda: bool(children_of(client.pid)))
+                joiner = children_of(client.pid)[0]
+                (web.cgroup / "guest/trap/cgroup.procs").write_text(str(joiner))
+                if not children_of(joiner):  # caught before it was the stub
+                    done = client.wait(10)
+                    break
+    finally:
+        trap.write_text("0")
+    assert done == 125
+
+
+@need("v1_freezer")
+def test_the_v1_freezer_holds_groups_still_too() -> None:
+    with own_v1_freezer() as group:
+        (group / "below").mkdir()
+        try:
+            assert find_frozen([group / "below"]) is None
+            (group / "freezer.state").write_text("FROZEN")
+            assert find_frozen([group / "below"]) in {
+                group / "freezer.state",
+                group / "below/freezer.state",
+            }
+        finally:
+            (group / "below").rmdir()
 
 
 def test_the_end_of_the_guest_ends_the_command(web: Context) -> None:
