@@ -164,7 +164,7 @@ class Relay:
         copy_modes(outer[0], pty.slave_fd)
         copy_size(outer[0], pty.master_fd)
         shown_fd = next((fd for fd in (outer[1], outer[2]) if os.isatty(fd)), outer[0])
-        self._flows.append(Flow(pty.master_fd, shown_fd, "the terminal", owned=False))
+        self._flows.append(Shown(pty.master_fd, shown_fd, "the terminal", owned=False))
         self._flows.append(Typing(self._caller, pty.master_fd))
 
     def _connect(self, number: int, kind: Kind, outer: tuple[int, int, int]) -> int:
@@ -257,13 +257,17 @@ class Flow:
         except BlockingIOError:
             return False
         except OSError as error:
-            if error.errno != errno.EIO:  # a terminal that has been hung up, or is open nowhere
+            if error.errno != errno.EIO:  # a terminal that has been hung up
                 log.warning("cannot read for %s: %s", self._name, error.strerror)
             data = b""
         if not data:
-            self.close()
+            self._end()
         self._pending = memoryview(self._take(data))
         return bool(data)
+
+    def _end(self) -> None:
+        """The source has nothing more."""
+        self.close()
 
     def _take(self, data: bytes) -> bytes:
         """What of the data is to be passed on."""
@@ -281,6 +285,33 @@ class Flow:
             self.close()
             return
         self._pending = self._pending[written:]
+
+
+class Shown(Flow):
+    """What the guest writes on a terminal of its own.
+
+    Open nowhere inside for a moment (a login takes it over), it ends only for whoever reads then.
+    """
+
+    _is_idle = False
+
+    def ask(self, wanted: Wanted) -> None:
+        """Name the event to wait for; such a terminal is "ready" all the time."""
+        if self._is_idle and self.is_open:
+            wanted.look_again()
+        else:
+            super().ask(wanted)
+
+    def step(self, events: Mapping[int, int]) -> None:
+        """Do what an event allows."""
+        if self._is_idle:
+            self._is_idle = False
+            self._read()
+        else:
+            super().step(events)
+
+    def _end(self) -> None:
+        self._is_idle = True
 
 
 class Typing(Flow):

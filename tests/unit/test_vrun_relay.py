@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from vrun.relay import Feed, Flow, Wanted, plan
+from vrun.relay import Feed, Flow, Shown, Wanted, plan
 
 
 @dataclass(slots=True)
@@ -252,3 +252,40 @@ def test_a_reader_that_is_slow_holds_the_command_back(place: Place) -> None:
 
     assert written < 400_000
     assert not outer.read_now().strip(b"\0")
+
+
+# --- a terminal that nobody inside has open
+
+
+def _turn(flow: Flow) -> None:
+    wanted = Wanted()
+    flow.ask(wanted)
+    flow.step(wanted.wait(1000))
+
+
+def test_a_terminal_open_nowhere_for_a_while_goes_on_being_shown(place: Place) -> None:
+    shown = place.pipe()
+    master_fd, slave_fd = pty.openpty()
+    place.stack.callback(os.close, master_fd)
+    path = os.ttyname(slave_fd)
+    os.set_blocking(master_fd, False)
+    flow = Shown(master_fd, shown.write_fd, "the terminal", owned=False)
+    os.write(slave_fd, b"one\n")
+    _turn(flow)
+    _turn(flow)
+    assert shown.read_now() == b"one\r\n"
+
+    os.close(slave_fd)
+    for _ in range(3):
+        _turn(flow)
+    assert flow.is_open
+    slave_fd = os.open(path, os.O_RDWR | os.O_NOCTTY)
+    os.write(slave_fd, b"two\n")
+    for _ in range(3):
+        _turn(flow)
+    assert shown.read_now() == b"two\r\n"
+
+    os.close(slave_fd)
+    flow.finish()
+    flow.close()
+    assert not flow.is_open
