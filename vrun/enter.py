@@ -158,9 +158,8 @@ def _open(name: str, stack: ExitStack) -> Target:
             "it, is in the host's own mount or pid namespace"
         )
     held = ceiling.load(name)
-    program = seccomp.cached_program(
-        rundir() / ".filters", held.capabilities, held.ccaps, held.umask
-    )
+    words = held.umask | seccomp.personality_words(held.personality)
+    program = seccomp.cached_program(rundir() / ".filters", held.capabilities, held.ccaps, words)
     return Target(
         name=name,
         init_fd=init_fd,

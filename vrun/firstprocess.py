@@ -101,7 +101,8 @@ def _plan_birth(context: Context, far: FarEnd, report_fd: int) -> birth.Birth:
 def _load_filter(context: Context) -> bytes:
     """The guest's system call filter; the library that makes one must not stay in the monitor."""
     spec, folder = context.spec, rundir() / ".filters"
-    words = (spec.capabilities, spec.ccaps, spec.umask)
+    umask = spec.umask | seccomp.personality_words(spec.personality)
+    words = (spec.capabilities, spec.ccaps, umask)
     if not seccomp.is_cached(folder, *words):
         from vrun import child
 

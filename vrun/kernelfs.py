@@ -20,7 +20,7 @@ from vstore.syscalls import RESOLVE_BENEATH, RESOLVE_NO_SYMLINKS, RESOLVE_NO_XDE
 
 _HARMLESS: Final = frozenset(
     (
-        *("buddyinfo", "cgroups", "cmdline", "config.gz", "consoles", "cpuinfo", "crypto"),
+        *("buddyinfo", "cgroups", "consoles", "cpuinfo", "crypto"),
         *("devices", "diskstats", "execdomains", "filesystems", "kmsg", "loadavg", "mdstat"),
         *("meminfo", "misc", "modules", "mounts", "net", "partitions", "self", "softirqs", "stat"),
         *("swaps", "sysvipc", "thread-self", "tty", "uptime", "version", "vmstat", "zoneinfo"),
@@ -31,8 +31,12 @@ _HARMLESS: Final = frozenset(
 _READ_ONLY: Final = frozenset({"driver", "pressure", "sys"})
 """Entries of /proc that can be read, and could be written by user id 0."""
 
-_COVERED_IN_SYS: Final = ("firmware", "devices/virtual/powercap")
-"""Tables of the machine; a meter of energy, fine enough to guess other guests' keys from."""
+_COVERED_IN_SYS: Final = (
+    *("firmware", "devices/virtual/dmi", "kernel/boot_params", "kernel/notes", "kernel/vmcoreinfo"),
+    *("kernel/irq", "devices/virtual/powercap"),
+)
+"""Tables of the machine, its serial number and where its kernel lies; meters of interrupts and of
+energy, fine enough to guess what others type and their keys from."""
 
 _UTS: Final = ("sys/kernel/hostname", "sys/kernel/domainname")
 _NET: Final = "sys/net"

@@ -31,7 +31,7 @@ class Rule:
     calls: tuple[str, ...]
     error: int
     opened_by: tuple[str, ...] = ()
-    """Capabilities as SYS_ADMIN, context capabilities as syslog, umask words as newuser."""
+    """Capabilities as SYS_ADMIN, context capabilities as syslog, words of umask, LINUX32."""
     argument: int | None = None
     """Only calls whose argument of that index, after `bits`, is `value`."""
     bits: int = _LOW_WORD
@@ -62,8 +62,11 @@ _TIOCSTI: Final = 0x5412  # asm-generic/ioctls.h
 _TIOCLINUX: Final = 0x541C
 _F_SETLEASE: Final = 1024  # linux/fcntl.h
 _F_SETDELEG: Final = 1040  # Linux 6.19
-_AF_ALG: Final = 38  # linux/socket.h
-_AF_VSOCK: Final = 40
+_SYS_SOCKET: Final = 1  # linux/net.h, of socketcall(2)
+LINUX32: Final = "linux32"
+"""Opens what only 32-bit programs of x86 need; see personality_words()."""
+_PER_LINUX32: Final = 8  # linux/personality.h
+_PER_MASK: Final = 0xFF
 
 RULES: Final = (
     # another kernel, modules, the machine's ports
@@ -104,11 +107,28 @@ RULES: Final = (
     # a lease on a shared inode holds up every other guest that wants to execute it
     Rule(("fcntl", "fcntl64"), errno.EINVAL, ("LEASE",), argument=1, value=_F_SETLEASE),
     Rule(("fcntl", "fcntl64"), errno.EINVAL, ("LEASE",), argument=1, value=_F_SETDELEG),
-    # sockets to the machine's own host, and into the kernel's ciphers
-    Rule(("socket",), errno.EAFNOSUPPORT, argument=0, value=_AF_VSOCK),
-    Rule(("socket",), errno.EAFNOSUPPORT, argument=0, value=_AF_ALG),
+    # what kind of socket it is lies in memory, where no filter can read it; see _FAMILIES
+    Rule(("socketcall",), errno.EAFNOSUPPORT, (LINUX32,), argument=0, value=_SYS_SOCKET),
 )
 
+_FAMILIES: Final[tuple[tuple[int, tuple[str, ...]], ...]] = (
+    (1, ()),  # AF_UNIX
+    (2, ()),  # AF_INET
+    (10, ()),  # AF_INET6
+    (16, ()),  # AF_NETLINK
+    (17, ()),  # AF_PACKET; the kernel asks for CAP_NET_RAW
+    (15, ("NET_ADMIN",)),  # AF_KEY, for IPsec
+    (24, ("NET_ADMIN",)),  # AF_PPPOX
+)
+"""The families of sockets that a guest can make, with the words that open those that not all have;
+linux/socket.h. The code of all others, old and rarely used, is loaded by whoever asks for it."""
+_NEVER: Final = (38, 40)
+"""AF_ALG, the kernel's ciphers, and AF_VSOCK, to the machine's own host: no word opens them."""
+_SOCKET_CALLS: Final = {
+    "x86_64": ((0xC000003E, (41, 53)), (0x40000003, (359, 360))),
+    "aarch64": ((0xC00000B7, (198, 199)), (0x40000028, (281, 288))),
+}
+"""By machine, for each architecture of linux/audit.h, the numbers of socket and socketpair."""
 _NEWEST: Final = 469
 """The number of the newest call looked at here (file_setattr, Linux 6.17). What is newer does not
 exist for a guest; from 424 on the numbers are the same on every machine."""
@@ -128,6 +148,12 @@ def compile_program(
     """
     opened = frozenset((*capabilities, *ccaps, *umask))
     return _prelude(opened) + _compile(_closed(opened))
+
+
+def personality_words(personality: int | None) -> frozenset[str]:
+    """What a guest's personality(2) opens; for one of 32-bit programs, LINUX32."""
+    is_32bit = personality is not None and personality & _PER_MASK == _PER_LINUX32
+    return frozenset({LINUX32} if is_32bit else ())
 
 
 def cached_program(
@@ -214,12 +240,41 @@ def _library() -> Any:
 # --- instructions of our own: linux/filter.h, linux/seccomp.h
 _INSTRUCTION: Final = struct.Struct("=HBBI")
 _LOAD_NUMBER: Final = _INSTRUCTION.pack(0x20, 0, 0, 0)  # ld [offsetof(struct seccomp_data, nr)]
+_LOAD_ARCH: Final = _INSTRUCTION.pack(0x20, 0, 0, 4)
+_LOAD_FAMILY: Final = _INSTRUCTION.pack(0x20, 0, 0, 16)  # the low half of args[0]
 _RETURN_ERRNO: Final = 0x00050000
+
+
+def _family_check(opened: frozenset[str]) -> bytes:
+    """Lets sockets be made of known families alone; falls through to what follows for all others.
+
+    With SYS_ADMIN of all families but the worst.
+    """
+    refusal = _return(errno.EAFNOSUPPORT)
+    if "SYS_ADMIN" in opened:
+        listed = [_INSTRUCTION.pack(0x15, 0, 1, number) + refusal for number in _NEVER]
+        check = _LOAD_FAMILY + b"".join(listed)
+    else:
+        allowed = [number for number, openers in _FAMILIES if not openers or opened & {*openers}]
+        check = _LOAD_FAMILY
+        for index, number in enumerate(allowed):
+            check += _INSTRUCTION.pack(0x15, len(allowed) - index, 0, number)
+        check += refusal
+    length = len(check) // _INSTRUCTION.size
+    code = b""
+    for arch, (first, second) in _SOCKET_CALLS.get(os.uname().machine, ()):
+        code += _LOAD_ARCH
+        code += _INSTRUCTION.pack(0x15, 0, length + 3, arch)  # another one: over all of this
+        code += _LOAD_NUMBER
+        code += _INSTRUCTION.pack(0x15, 1, 0, first)
+        code += _INSTRUCTION.pack(0x15, 0, length, second)
+        code += check
+    return code
 
 
 def _prelude(opened: frozenset[str]) -> bytes:
     """Refuses calls that libseccomp does not know; falls through to what follows for all others."""
-    code = _LOAD_NUMBER
+    code = _family_check(opened) + _LOAD_NUMBER
     if opened.isdisjoint(_MOUNTS):
         code += _INSTRUCTION.pack(0x15, 0, 1, _OPEN_TREE_ATTR) + _return(errno.EPERM)  # jeq
     code += _INSTRUCTION.pack(0x25, 0, 2, _NEWEST)  # jgt, else over the next two

@@ -3,9 +3,11 @@
 import ctypes
 import errno
 import fcntl
+import mmap
 import os
 import shutil
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -30,6 +32,8 @@ _NEWUSER = 0x10000000
 _NEWNS = 0x00020000
 _CLONE_FILES = 0x400
 _TIOCSTI = 0x5412
+_SOCKETCALL = 102  # asm/unistd_32.h
+_MAP_32BIT_ANONYMOUS = 0x62
 
 _REFUSED = [
     *((name, errno.EPERM) for name in ("kexec_load", "kexec_file_load", "init_module")),
@@ -178,6 +182,62 @@ def test_sockets_to_the_machines_host_are_refused() -> None:
         return [call(number_of("socket"), family, 2, 0)[1] for family in families]
 
     assert _under(open_all) == [errno.EAFNOSUPPORT, errno.EAFNOSUPPORT, 0, 0]
+
+
+_KNOWN = {socket.AF_UNIX, socket.AF_INET, socket.AF_INET6, socket.AF_NETLINK, socket.AF_PACKET}
+
+
+def _families(kind: str = "socket", gate: Callable[..., tuple[int, int]] = call) -> set[int]:
+    """Families that the kernel does not say it lacks."""
+    number = number_of(kind) if gate is call else I386[kind]
+    kinds = (socket.SOCK_STREAM, socket.SOCK_DGRAM, socket.SOCK_RAW, socket.SOCK_SEQPACKET)
+    return {
+        family
+        for family in (*range(64), 1 << 16, 1 << 31)
+        if any(gate(number, family, kind, 0)[1] != errno.EAFNOSUPPORT for kind in kinds)
+    }
+
+
+def test_sockets_of_unknown_families_cannot_be_made() -> None:
+    without = in_child(_families)
+    assert without - _KNOWN, "this kernel has no other family: the test shows nothing"
+    assert _under(_families) == _KNOWN
+    upper = [socket.AF_ALG | half << 32 for half in (1, 0x7FFFFFFF)]
+    raised = _under(lambda: [call(number_of("socket"), family, 5, 0) for family in upper])
+    assert raised == [(-1, errno.EAFNOSUPPORT)] * 2
+
+
+@pytest.mark.skipif(_MACHINE != "x86_64", reason="only there are 32-bit programs of x86")
+def test_the_gate_of_32_bit_programs_makes_no_others() -> None:
+    assert _under(lambda: _families(gate=call32)) <= _KNOWN
+
+
+@pytest.mark.skipif(_MACHINE != "x86_64", reason="only there are 32-bit programs of x86")
+def test_socketcall_makes_sockets_only_for_guests_of_32_bit_programs() -> None:
+    def open_all() -> list[int]:
+        memory = ctypes.CDLL(None, use_errno=True)["mmap"]
+        memory.restype = ctypes.c_void_p
+        low = memory(None, ctypes.c_size_t(mmap.PAGESIZE), 3, _MAP_32BIT_ANONYMOUS, -1, 0)
+        errors = []
+        for family in (socket.AF_INET, socket.AF_ALG):
+            ctypes.memmove(low, struct.pack("3I", family, 5 if family == 38 else 1, 0), 12)
+            errors.append(call32(_SOCKETCALL, 1, low)[1])
+        return errors
+
+    without = in_child(open_all)
+    assert without[0] == 0
+    assert _under(open_all) == [errno.EAFNOSUPPORT] * 2
+    words = seccomp.personality_words(0x0008)
+    assert _under(open_all, umask=words) == without
+    assert not seccomp.personality_words(None) | seccomp.personality_words(0x0020000)
+
+
+def test_what_opens_a_family_opens_just_that() -> None:
+    without = in_child(_families)
+    opened = _under(_families, SECURE_CAPS | {"NET_ADMIN"})
+    assert opened - _KNOWN == without & {15, 24}
+    vsock_and_ciphers = {40, 38}
+    assert _under(_families, SECURE_CAPS | {"SYS_ADMIN"}) == without - vsock_and_ciphers
 
 
 @pytest.mark.parametrize(
