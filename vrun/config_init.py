@@ -52,11 +52,16 @@ def load_init(guest: Keys, defaults: Keys, *, is_fake_init: bool) -> InitSpec:
     init = guest / "apps" / "init"
     common = defaults / "apps" / "init"
     style = _style(init)
+    command = init.arguments("cmd.start")
+    if is_fake_init and command is None and style not in _REAL_INITS:
+        # rc scripts end when all is up: as process 1 they would take the guest with them
+        reason = f"fakeinit: the rc scripts of {style} are not process 1, but an init of ours is"
+        guest.warn("cflags" if guest.has("cflags") else "flags", reason)
     return InitSpec(
         style=style,
         runlevel_start=_runlevel(init, "runlevel.start") or _runlevel(init, "runlevel"),
         runlevel_stop=_runlevel(init, "runlevel.stop"),
-        cmd_start=init.arguments("cmd.start"),
+        cmd_start=command,
         cmd_stop=init.arguments("cmd.stop"),
         cmd_start_sync=init.arguments("cmd.start-sync"),
         cmd_stop_sync=init.arguments("cmd.stop-sync"),
@@ -68,7 +73,7 @@ def load_init(guest: Keys, defaults: Keys, *, is_fake_init: bool) -> InitSpec:
         marks=tuple(line.text for line in init.items("mark")),
         depends=_depends(init),
         mtab=_mtab(init, defaults),
-        pid_one=is_fake_init or style in _REAL_INITS,
+        pid_one=style in _REAL_INITS or (is_fake_init and command is not None),
     )
 
 

@@ -19,24 +19,39 @@ def etc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Configuration:
 
 
 @pytest.mark.parametrize(
-    ("style", "flags", "is_process_one"),
+    ("style", "flags", "command", "is_process_one"),
     [
-        ("sysv", "", False),
-        ("SysV", "", False),
-        ("openrc", "", False),
-        ("plain", "", True),
-        ("systemd", "", True),
-        ("sysv", "fakeinit", True),
-        ("", "lock,fakeinit", True),
-        ("sysv", "fakeinit\n~fakeinit", False),
+        ("sysv", "", "/sbin/init", False),
+        ("SysV", "", "", False),
+        ("openrc", "", "", False),
+        ("plain", "", "", True),
+        ("systemd", "", "", True),
+        ("sysv", "fakeinit", "/sbin/init", True),
+        ("", "lock,fakeinit", "/sbin/init", True),
+        ("sysv", "fakeinit\n~fakeinit", "/sbin/init", False),
     ],
 )
 def test_styles_with_a_real_init_have_it_as_process_one(
-    etc: Configuration, style: str, flags: str, is_process_one: bool
+    etc: Configuration, style: str, flags: str, command: str, is_process_one: bool
 ) -> None:
-    init = etc.spec_of({"apps/init/style": style, "cflags": flags}).init
-    assert init.pid_one == is_process_one
-    assert init.style == (style.lower() or "sysv")
+    keys: dict[str, str | bool] = {"apps/init/style": style, "cflags": flags}
+    spec = etc.spec_of({**keys, "apps/init/cmd.start": command} if command else keys)
+    assert spec.init.pid_one == is_process_one
+    assert spec.init.style == (style.lower() or "sysv")
+    assert not spec.warnings
+
+
+@pytest.mark.parametrize("key", ["cflags", "flags"])
+def test_rc_scripts_are_never_process_one_since_the_guest_would_end_with_them(
+    etc: Configuration, key: str
+) -> None:
+    folder = etc.add_guest("web", {key: "lock\nfakeinit"})
+    spec = etc.spec()
+    assert not spec.init.pid_one
+    assert spec.warnings == (
+        f"{folder / key}: fakeinit: the rc scripts of sysv are not process 1, "
+        "but an init of ours is",
+    )
 
 
 @pytest.mark.parametrize(
