@@ -42,6 +42,8 @@ class Unpacked:
     counts: dict[Kind, int] = field(default_factory=lambda: dict.fromkeys(Kind, 0))
     size: int = 0
     passed_over: dict[str, int] = field(default_factory=dict)
+    has_more: bool = False
+    """There is something behind the end mark, another archive perhaps; it was not unpacked."""
 
     def pass_over(self, what: str) -> None:
         self.passed_over[what] = self.passed_over.get(what, 0) + 1
@@ -72,6 +74,8 @@ def unpack(archive: Path, root_fd: int, rules: Rules) -> Unpacked:
                 try:
                     for member in reader.members():
                         _unpack_member(member, reader, tree, rules, result)
+                    member = None
+                    result.has_more = reader.finish()
                 finally:
                     tree.close()
         except (ValueError, OSError) as error:

@@ -13,8 +13,10 @@ from enum import Enum
 from typing import Final, NamedTuple
 
 from vrun.compression import Source
+from vstore.render import show_name
 
 _BLOCK: Final = 512
+_RECORD: Final = 20 * _BLOCK  # what tar(1) writes at a time, the last one filled up
 _CHUNK: Final = 1 << 18
 _EXTENSION_AT_MOST: Final = 1 << 20
 _STRETCHES_AT_MOST: Final = 1 << 18
@@ -22,6 +24,7 @@ _LARGEST: Final = (1 << 63) - 1
 _ID_AT_MOST: Final = (1 << 32) - 2  # one more means "leave it as it is" to chown(2)
 _FARTHEST_S: Final = 1 << 53
 _NUMBER_AT_MOST: Final = 1 << 20  # major and minor numbers of devices
+_TAIL_AT_MOST: Final = 1 << 30
 
 _HEADER: Final = struct.Struct("100s8s8s8s12s12s8sc100s6s2s32s32s8s8s155s12x")
 _GNU: Final = b"ustar "
@@ -58,6 +61,19 @@ _UNREADABLE: Final = {
     b"M": "it continues a file of another volume",
     b"D": "it is of an incremental backup",
 }
+_MEMBERS_OWN: Final = (b"path", b"linkpath", b"size", b"uid", b"gid", b"mtime")
+_MEMBERS_OWN_BEGIN: Final = (b"GNU.sparse.", _XATTR, b"SCHILY.acl.")
+_OTHER_FORMATS: Final = (
+    (0, b"0707", "a cpio archive"),
+    (0, b"\xc7\x71", "a cpio archive"),
+    (0, b"\x71\xc7", "a cpio archive"),
+    (0, b"PK", "a zip archive"),
+    (0, b"!<arch>", "an ar archive or a Debian package"),
+    (0, b"hsqs", "an image of a file system"),
+    (24, b"\x6c\xea\0\0", "a backup of dump(8)"),
+    (24, b"\0\0\xea\x6c", "a backup of dump(8)"),
+)
+"""Where a format has its mark, the mark, and what a person calls it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,6 +139,7 @@ class TarReader:
 
     def __init__(self, source: Source) -> None:
         self._source = source
+        self._done = 0  # bytes of the archive
         self.stored = 0
         """Bytes of the present member's data that are not read yet."""
         self._padding = 0
@@ -143,6 +160,19 @@ class TarReader:
             yield self._begin(raw, block, extensions)
             self._skip(self.stored + self._padding)
             self.stored = self._padding = 0
+
+    def finish(self) -> bool:
+        """Read on to the end, when `members` has given all: only there is it known that nothing of
+        a compressed archive is damaged. Whether there is more, of which no member came.
+        """
+        is_more = False
+        size, rest = 0, -self._done % _RECORD
+        while data := self._source.read(_CHUNK):
+            is_more = is_more or bool(data[max(0, rest - size) :].strip(b"\0"))
+            size += len(data)
+            if size > _TAIL_AT_MOST:
+                raise ValueError("it goes on and on behind its end mark")
+        return is_more
 
     def pieces(self) -> Iterator[Piece]:
         """The data of the member that `members` gave last, in order; holes are left out."""
@@ -170,6 +200,7 @@ class TarReader:
             if not part:
                 raise ValueError("it is cut short")
             parts.append(part)
+            self._done += len(part)
             size -= len(part)
         return b"".join(parts)
 
@@ -184,9 +215,12 @@ class TarReader:
 
     def _read_header(self) -> bytes | None:
         """The next header; None at the end mark."""
+        is_first = not self._done
         block = self._read_exactly(_BLOCK)
         if not any(block):
             return None
+        if is_first:
+            _check_format(block)
         _check_sum(block)
         return block
 
@@ -209,8 +243,10 @@ class TarReader:
         elif raw.kind in (b"x", b"X"):
             extensions.records = list(_parse_records(self._read_extension(raw)))
         elif raw.kind == b"g":
-            # The defaults of git-archive(1) and pax(1): a comment. None of them has to be known.
-            self._read_extension(raw)
+            # For all members that follow: a comment of git-archive(1), a character set.
+            for key, _ in _parse_records(self._read_extension(raw)):
+                if key in _MEMBERS_OWN or key.startswith(_MEMBERS_OWN_BEGIN):
+                    raise ValueError(f"it says for all members what {show_name(key)} is")
         elif raw.kind == b"V":
             pass  # the volume's label
         else:
@@ -337,10 +373,17 @@ class TarReader:
 # --- fields
 
 
+def _check_format(block: bytes) -> None:
+    for offset, mark, what in _OTHER_FORMATS:
+        if block.startswith(mark, offset):
+            raise ValueError(f"it is {what}, and no tar archive")
+
+
 def _check_sum(block: bytes) -> None:
     stated = _number(block[148:156], "checksum")
     seen = sum(block[:148]) + 8 * ord(" ") + sum(block[156:])
-    if stated != seen:
+    signed = seen - 256 * sum(byte > 127 for byte in block[:148] + block[156:])
+    if stated not in (seen, signed):  # some old programs added up signed bytes
         raise ValueError("it is no tar archive, or damaged: a header's checksum is wrong")
 
 

@@ -1,6 +1,7 @@
 """vrun.archive: what comes out of archives of every kind, and what stays in."""
 
 import os
+import shutil
 import stat
 import tarfile
 import tracemalloc
@@ -313,10 +314,39 @@ def _sized(size: bytes) -> bytes:
         (header(b"p", kind=b"x", size=b"77777777777\0") + END, "extension header"),
         (header(b"p", kind=b"x", size=b"00000000020\0") + padded(b"9 path=abcdefgh") + END, "pax"),
         (header(b"p", kind=b"x", size=b"00000000011\0") + padded(b"99 a=b\n..") + END, "pax"),
+        (pax([(b"uid", b"7")], kind=b"g") + header(b"file") + END, "for all members what uid is"),
+        (pax([(b"SCHILY.xattr.user.x", b"7")], kind=b"g") + END, "what SCHILY.xattr.user.x is"),
     ],
 )
 def test_a_malformed_header_is_refused(box: Box, data: bytes, reason: str) -> None:
     assert reason in box.refuses(data)
+
+
+def test_a_comment_for_all_members_does_no_harm(box: Box) -> None:
+    box.unpack(pax([(b"comment", b"0f1e2d")], kind=b"g") + header(b"file") + END)
+    assert box.paths() == ["file"]
+
+
+def test_a_checksum_of_signed_bytes_is_one_too(box: Box) -> None:
+    block = header(b"caf\xe9")
+    signed = int(block[148:154], 8) - 256
+    box.unpack(block[:148] + b"%06o\0 " % signed + block[156:] + END)
+    assert (box.root / os.fsdecode(b"caf\xe9")).exists()
+    assert "checksum" in box.refuses(block[:148] + b"%06o\0 " % (signed - 1) + block[156:] + END)
+
+
+@pytest.mark.parametrize(
+    ("data", "what"),
+    [
+        (b"070701" + b"0" * 600, "a cpio archive"),
+        (b"PK\3\4" + bytes(600), "a zip archive"),
+        (b"!<arch>\n" + bytes(600), "a Debian package"),
+        (bytes(24) + b"\x6c\xea\0\0" + bytes(600), "a backup of dump(8)"),
+    ],
+)
+def test_what_is_no_tar_archive_is_called_by_its_name(box: Box, data: bytes, what: str) -> None:
+    assert what in box.refuses(data)
+    assert what in box.refuses(COMPRESSORS["gzip"](data))
 
 
 def test_a_header_bomb_is_not_unpacked_into_memory(box: Box, memory: Memory) -> None:
@@ -346,6 +376,25 @@ def test_a_dictionary_larger_than_memory_is_refused(box: Box) -> None:
 def test_a_damaged_or_short_stream_is_refused(box: Box, name: str) -> None:
     whole = COMPRESSORS[name](pack(entry("file", os.urandom(5000)), entry("more", os.urandom(9))))
     assert "cut short" in box.refuses(whole[: len(whole) // 2])
+
+
+@pytest.mark.parametrize("name", ["gzip", "bzip2", "xz"])
+def test_damage_is_found_that_shows_at_the_end_alone(box: Box, name: str) -> None:
+    whole = COMPRESSORS[name](pack(*_sample()) + bytes(3 << 18))  # so that the end is read last
+    assert box.refuses(whole[:-7] + bytes([whole[-7] ^ 1]) + whole[-6:])
+    shutil.rmtree(box.root)
+    box.root.mkdir()
+    assert "cut short" in box.refuses(whole[:-7])
+
+
+def test_what_stands_behind_the_end_mark_is_told_of(box: Box) -> None:
+    first, second = pack(entry("first")), pack(entry("second"))
+    assert not box.unpack(first + bytes(1 << 20)).has_more
+    (box.root / "first").unlink()
+    filled_up = (header(b"old") + END).ljust(20 * 512, b"?")  # as some programs end the last record
+    assert not box.unpack(filled_up).has_more
+    assert box.unpack(first + second).has_more
+    assert box.paths() == ["first", "old"]
 
 
 def test_a_file_for_which_there_is_no_room_is_not_begun(box: Box) -> None:

@@ -53,6 +53,8 @@ class Template(Method):
                 result = unpack(path, root_fd, rules)
                 for what, count in sorted(result.passed_over.items()):
                     log.info("%s: left out, %s: %d", path, what, count)
+                if result.has_more:
+                    log.warning("%s: what stands behind its end mark was not unpacked", path)
                 is_used = True
         finally:
             os.close(root_fd)
