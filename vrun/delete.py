@@ -8,10 +8,10 @@ only where it is the guest's own folder in the place where such folders are kept
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
+from vrun import unfinished
 from vrun.errors import GuestNotFound, WrongUsage
 from vrun.removal import Kept, check_removable, remove_folder, remove_tree
 from vrun.state import forget_run, load_resources, run_folder
@@ -34,17 +34,22 @@ _WAIT_S: Final = 30.0
 
 
 def load_doomed(name: str) -> Guest:
-    """The guest of that name, even one whose tree is gone: its configuration can be deleted still.
+    """The guest of that name, even one whose tree is gone: its configuration can be deleted still;
+    else what a build or a delete of that name left that was killed.
 
     Raises GuestNotFound where there is no configuration; as `load_guest`.
     """
     try:
         return load_guest(name)
     except GuestNotFound:
-        folder = confdir() / parse_name(name.removesuffix("/"))
-        if not (folder / "vdir").is_symlink():
+        known = parse_name(name.removesuffix("/"))
+        folder = confdir() / known
+        if (folder / "vdir").is_symlink():
+            return Guest(known, folder.parent / (folder / "vdir").readlink(), folder)
+        left = unfinished.find_left(confdir(), known)
+        if not left:
             raise
-        return Guest(folder.name, folder.parent / (folder / "vdir").readlink(), folder)
+        return Guest(known, unfinished.find_own_root(left[0]) or left[0], left[0])
 
 
 def delete_guest(guest: Guest, *, keep_root: bool = False, pool: Path | None = None) -> Kept:
@@ -60,6 +65,11 @@ def delete_guest(guest: Guest, *, keep_root: bool = False, pool: Path | None = N
         raise WrongUsage(f"{guest.name}: is no configured guest", hint="vpool rm deletes trees")
     with hold_lock(guest.name, wait_s=_WAIT_S) as is_held:
         _check_idle(guest, is_held=is_held)
+        if guest.config in unfinished.find_left(confdir(), guest.name):
+            if keep_root:
+                unfinished.unmark_root(guest.config)
+            unfinished.clear_away(confdir(), guest.name)
+            return []
         has_root = not keep_root and os.path.lexists(guest.root)
         if has_root:
             check_removable(guest.root)
@@ -144,19 +154,16 @@ def _own_folder(path: Path) -> Iterator[Path]:
 def _remove_configuration(name: str, config: Path) -> Kept:
     """Delete CONFDIR/NAME, and NAME.conf and NAME.sh of an old-style guest.
 
-    What makes it a guest goes first: half a configuration is none.
+    It is renamed first: half a configuration is none.
     """
-    is_old_style = config.name == f"{name}.conf"
-    if is_old_style:
+    unfinished.clear_away(confdir(), name)
+    folder, place = config.with_name(name), unfinished.delete_place(confdir(), name)
+    if folder.is_symlink():
+        log.warning("%s: is a symlink; what it points to is left alone", folder)
+        folder.unlink()
+    elif folder.is_dir():
+        folder.rename(place)
+    if config != folder:
         config.unlink()
         config.with_suffix(".sh").unlink(missing_ok=True)
-        config = config.with_name(name)
-    if config.is_symlink():
-        log.warning("%s: is a symlink; what it points to is left alone", config)
-        config.unlink()
-        return []
-    if not config.is_dir():
-        return []
-    with suppress(FileNotFoundError):
-        (config / "vdir").unlink()
-    return remove_folder(config)
+    return remove_folder(place) if place.is_dir() else []

@@ -12,7 +12,6 @@ guest is there complete or not at all.
 """
 
 import os
-import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +26,7 @@ from vrun.config_sharing import parse_cpu_list, parse_group_path
 from vrun.errors import ConfigInvalid, NotPermitted, WrongUsage
 from vrun.keys import Keys, Line, parse_number
 from vrun.netvalues import parse_device, parse_ip, parse_label, parse_prefix
+from vrun.unfinished import choose_spare
 from vrun.wordlist import CFLAGS, read_words
 from vrun.xids import XIDS
 from vstore.guest import confdir, parse_name, rundir
@@ -86,7 +86,7 @@ def write_guest(new: NewGuest) -> tuple[str, ...]:
         raise WrongUsage(
             f"{folder}: exists already", hint="--force moves it out of the way, with the tree"
         )
-    spare = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
+    spare = choose_spare(folder)
     try:
         _write(spare, files, links)
         spare.rename(folder)

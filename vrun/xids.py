@@ -36,7 +36,7 @@ def allocate_xid() -> int | None:
     defaults = confdir() / ".defaults"
     if (defaults / "context.dynamic").exists():
         return None
-    with _lock(defaults):
+    with hold_numbers():
         keys = Keys(defaults, [])
         following = keys.number("context.next", least=XIDS[0], most=XIDS.stop) or FIRST
         taken = {xid for _, xid in configured_xids()}
@@ -87,7 +87,9 @@ def _xid_in(folder: Path) -> int | None:
 
 
 @contextmanager
-def _lock(defaults: Path) -> Iterator[None]:
+def hold_numbers() -> Iterator[None]:
+    """Keep others from giving a guest a number for good. Raises NotPermitted."""
+    defaults = confdir() / ".defaults"
     path = defaults / "context.lock"
     try:
         defaults.mkdir(mode=0o755, parents=True, exist_ok=True)

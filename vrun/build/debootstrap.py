@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, ClassVar, Final
 
+from vrun.build import program
 from vrun.build.distribution import default_setting
 from vrun.build.inside import GuestTree
 from vrun.build.method import Method, Place
@@ -69,13 +70,11 @@ class Debootstrap(Method):
             "DEBIAN_FRONTEND": "noninteractive",
         }
         with tempfile.TemporaryFile() as output:
-            done = subprocess.run(  # noqa: S603 - the administrator's own options
+            done = program.run(
                 [*_UNSHARE, *self._command(place)],
-                check=False,
-                stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=environment,
+                environment=environment,
             )
             if done.returncode:
                 raise ToolError(

@@ -8,15 +8,15 @@ import errno
 import logging
 import os
 import stat
-import subprocess
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from vrun.build import completion
+from vrun import unfinished
+from vrun.build import completion, program
 from vrun.build.distribution import Distribution
 from vrun.build.inside import GuestTree
 from vrun.build.method import Method, Place
@@ -25,7 +25,8 @@ from vrun.errors import NoSpace, ToolError, WrongUsage
 from vrun.guestfiles import write_guest
 from vrun.removal import Kept, find_pool, remove_folder, remove_tree
 from vrun.state import find_by_xid
-from vrun.xids import allocate_xid, check_xid
+from vrun.unfinished import NOT_CONTENT
+from vrun.xids import allocate_xid, check_xid, hold_numbers
 from vstore import syscalls
 from vstore.errors import PoolBusy
 from vstore.guest import confdir, hold_lock, list_guests, load_state, parse_name
@@ -34,10 +35,7 @@ from vstore.render import show_name
 
 log = logging.getLogger(__name__)
 
-_NOT_CONTENT: Final = frozenset({"lost+found"})
 _NO_ROOM: Final = frozenset((errno.ENOSPC, errno.EDQUOT))
-_OWN_ROOT: Final = ".own-root"
-"""Stands in the hidden configuration while the root is one that the build has made."""
 _SHOWN: Final = 5  # of what is left
 
 
@@ -79,7 +77,7 @@ def build(options: BuildOptions, method: Method, progress: Progress = SILENT) ->
     place = Place(
         name=name,
         root=options.guest.root,
-        config=options.config.with_name(f".build-{name}"),
+        config=unfinished.build_place(options.config.parent, name),
         distribution=Distribution(method.distribution),
         progress=progress,
     )
@@ -129,14 +127,7 @@ def _has_path(error: OSError) -> bool:
 
 def _sweep(run: _Build) -> None:
     """Remove what a build of this name left that was killed; nobody else builds it now."""
-    left, root = run.place.config, run.place.root
-    if not left.is_dir():
-        return
-    has_made_root = (left / _OWN_ROOT).exists() and _leads_to(left / "vdir", root)
-    if has_made_root and os.path.lexists(root):
-        log.warning("%s: left by a build that was killed; it is removed", root)
-        _remove(root)
-    _remove(left, remove_folder)
+    unfinished.clear_away(run.options.config.parent, run.place.name)
 
 
 def _look_around(run: _Build) -> None:
@@ -191,15 +182,15 @@ def _write_configuration(run: _Build) -> None:
     guest = run.options.guest
     run.xid = guest.xid if guest.xid is not None else allocate_xid()
     run.style = guest.init_style
-    run.options.config.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-    run.undo.callback(_remove, run.place.config, remove_folder)
+    _make_folders(run, run.options.config.parent, 0o755)
+    run.undo.callback(_forget, run.place)
     run.notices = write_guest(replace(guest, xid=run.xid, config=run.place.config))
 
 
 def _make_root(run: _Build) -> None:
     root = run.place.root
     if not root.parent.exists():
-        root.parent.mkdir(mode=0o700, parents=True)
+        _make_folders(run, root.parent, 0o700)
     elif root.parent.stat().st_mode & stat.S_IXOTH:
         log.warning(
             "%s: every user of the host can enter it, and run what a guest's root has made setuid; "
@@ -208,10 +199,11 @@ def _make_root(run: _Build) -> None:
         )
     if run.place.is_used:
         return
-    (run.place.config / _OWN_ROOT).touch()
     if root.is_dir():
-        run.undo.callback(_empty, root)
+        unfinished.mark_root(run.place.config, "content")
+        run.undo.callback(_remove, root, unfinished.empty)
         return
+    unfinished.mark_root(run.place.config, "folder")
     run.undo.callback(_remove, root)
     if not run.method.makes_root:
         root.mkdir()
@@ -244,15 +236,16 @@ def _run_after(run: _Build) -> None:
 
 def _commit(run: _Build) -> None:
     """The guest is there from now on."""
-    if run.options.guest.xid is not None:
-        check_xid(run.options.guest.xid, name=run.place.name)
     if not run.method.makes_root:  # else it is on disk but for what we added, which is little
         fd = os.open(run.place.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             syscalls.syncfs(fd)
         finally:
             os.close(fd)
-    _put_in_place(run)
+    with hold_numbers():
+        if run.xid is not None:
+            check_xid(run.xid, name=run.place.name)
+        _put_in_place(run)
 
 
 STEPS: Final[tuple[tuple[str, Callable[[_Build], None]], ...]] = (
@@ -272,10 +265,6 @@ STEPS: Final[tuple[tuple[str, Callable[[_Build], None]], ...]] = (
 # --- what they share
 
 
-def _leads_to(link: Path, target: Path) -> bool:
-    return link.is_symlink() and link.readlink() == target
-
-
 def _old_style(options: BuildOptions) -> Path | None:
     """The old-style configuration of a guest of this name, if there is one."""
     path = confdir() / f"{options.guest.name}.conf"
@@ -286,29 +275,40 @@ def _is_used(root: Path) -> bool:
     """Whether there is something in the way of a new root; an empty folder is not."""
     try:
         with os.scandir(root) as entries:
-            return root.is_symlink() or any(entry.name not in _NOT_CONTENT for entry in entries)
+            return root.is_symlink() or any(entry.name not in NOT_CONTENT for entry in entries)
     except FileNotFoundError:
         return root.is_symlink()
     except NotADirectoryError:
         return True
 
 
+def _make_folders(run: _Build, path: Path, mode: int) -> None:
+    """Make a folder and those above it, as far as they are missing."""
+    missing = [folder for folder in (path, *path.parents) if not os.path.lexists(folder)]
+    for folder in reversed(missing):
+        folder.mkdir(mode=mode)
+        run.undo.callback(_remove_empty, folder)
+
+
+def _remove_empty(folder: Path) -> None:
+    with suppress(OSError):  # another guest is in it by now
+        folder.rmdir()
+
+
 def _put_in_place(run: _Build) -> None:
-    (run.place.config / _OWN_ROOT).unlink(missing_ok=True)
     run.place.config.rename(run.options.config)
+    unfinished.unmark_root(run.options.config)  # not before: a build that is killed has its mark
 
 
 def _run_script(place: Place, key: str) -> None:
     """Run a program of the distribution. Its second argument was a file of variables to source."""
-    program = place.distribution.find(key)
-    if program is None:
+    script = place.distribution.find(key)
+    if script is None:
         return
-    command = [os.fspath(program), os.fspath(place.config), os.devnull]
-    done = subprocess.run(  # noqa: S603 - the administrator's own program
-        command, env=place.environment(), stdin=subprocess.DEVNULL, check=False
-    )
+    command = [os.fspath(script), os.fspath(place.config), os.devnull]
+    done = program.run(command, environment=place.environment())
     if done.returncode:
-        raise ToolError(f"{program}: ended with {done.returncode}")
+        raise ToolError(f"{script}: ended with {done.returncode}")
 
 
 def _keep(run: _Build) -> None:
@@ -341,12 +341,9 @@ def _remove(path: Path, remove: Callable[[Path], Kept] = remove_tree) -> None:
         log.warning("%s: is left of the build: %s", show_name(name), reason)
 
 
-def _empty(root: Path) -> None:
-    """Remove what a failed build made in a folder that was there before."""
-    for name in os.listdir(root):  # noqa: PTH208 - names alone
-        path = root / name
-        if path.is_dir() and not path.is_symlink():
-            if name not in _NOT_CONTENT:
-                _remove(path)
-        else:
-            path.unlink()
+def _forget(place: Place) -> None:
+    """Remove the configuration of a failed build, unless its root is still there."""
+    if unfinished.find_own_root(place.config):
+        log.warning("%s: is left of the build: vserver %s delete", place.root, place.name)
+    else:
+        _remove(place.config, remove_folder)

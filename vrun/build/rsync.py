@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Final
 
+from vrun.build import program
 from vrun.build.method import Method, Place
 from vrun.build.replica import Copier
 from vrun.errors import ToolError, WrongUsage
@@ -95,9 +96,7 @@ def _copy(source: Path, place: Place) -> None:
 
 def _run_rsync(source: Path, root: Path, options: tuple[str, ...]) -> None:
     command = ["rsync", *options, "--", f"{source}/", f"{root}/"]
-    done = subprocess.run(  # noqa: S603 - the administrator's own options
-        command, check=False, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
+    done = program.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     if done.returncode:
         said = os.fsdecode(done.stderr).strip().splitlines()
         raise ToolError(f"rsync ended with {done.returncode}: {said[0] if said else ''}")

@@ -4,10 +4,10 @@ The command runs on the host with the root as working directory; VSERVER_NAME, V
 VSERVER_CONFIG in its environment say what is being built.
 """
 
-import subprocess
 from dataclasses import dataclass
 from typing import ClassVar
 
+from vrun.build import program
 from vrun.build.method import Method, Place
 from vrun.errors import ToolError
 
@@ -27,8 +27,8 @@ class Skeleton(Method):
         if not self.command:
             return
         try:
-            done = subprocess.run(  # noqa: S603 - the administrator's own command
-                self.command, cwd=place.root, env=place.environment(), check=False
+            done = program.run(
+                self.command, folder=place.root, environment=place.environment(), stdin=None
             )
         except OSError as error:
             raise ToolError(f"{self.command[0]}: cannot be run: {error.strerror}") from error
