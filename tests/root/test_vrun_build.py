@@ -1,6 +1,7 @@
 """Builds with real inodes: what the methods make, and what none of them leaves behind."""
 
 import os
+import shlex
 import signal
 import stat
 import subprocess
@@ -145,12 +146,46 @@ def test_the_init_style_is_found_out_from_the_tree(site: Site) -> None:
     trees: dict[str, list[Row]] = {
         "systemd": [File("usr/lib/systemd/systemd"), Symlink("sbin/init", "/lib/systemd/systemd")],
         "plain": [File("sbin/init", b"ELF")],
-        "": [File("sbin/init", b"ELF"), File("etc/init.d/rc")],
+        "sysv": [File("sbin/init", b"ELF"), File("etc/init.d/rc")],
+        "": [Folder("sbin")],
     }
     for number, (style, rows) in enumerate(trees.items()):
         source = grow(site.filesystem.folder / f"source{number}", rows)
         build(f"guest{number}", "-m", "rsync", "--", "-s", source)
         assert _config(site, f"guest{number}").get("apps/init/style", "").strip() == style
+
+
+@on("ext4")
+def test_the_init_style_may_come_with_what_a_program_installs(site: Site) -> None:
+    install = "mkdir sbin && touch sbin/init"
+    build("web", "-m", "skeleton", "--", "sh", "-c", install)
+    assert _config(site, "web")["apps/init/style"] == "plain\n"
+    choose = f"{install} && echo openrc >$VSERVER_CONFIG/apps/init/style"
+    build("db", "-m", "skeleton", "--", "sh", "-c", choose)
+    assert _config(site, "db")["apps/init/style"] == "openrc\n"
+
+
+@on("ext4")
+@pytest.mark.parametrize(
+    ("words", "missing"),
+    [
+        ("", "/etc/init.d/rc, which the init style sysv runs"),
+        ("--initstyle plain", "/sbin/init, which the init style plain runs"),
+        ("--initstyle openrc", "/sbin/openrc, which the init style openrc runs"),
+        ("-- ln -s /nowhere init", "/etc/init.d/rc, which the init style sysv runs"),
+        ("-- ln -s ../etc/hosts sbin/init", ""),
+        ("-- sh -c 'echo /bin/true >$VSERVER_CONFIG/apps/init/cmd.start'", ""),
+    ],
+)
+def test_a_tree_without_an_init_is_told_of(
+    site: Site, capsys: pytest.CaptureFixture[str], words: str, missing: str
+) -> None:
+    site.configure(".distributions", "mine/initpre", "#!/bin/sh\nmkdir $1/vdir/sbin\n")
+    (site.confdir / ".distributions/mine/initpre").chmod(0o755)
+    shared, _, command = words.partition("-- ")
+    build("web", "-m", "skeleton", *shlex.split(shared), "--", "-d", "mine", *shlex.split(command))
+    said = capsys.readouterr().err
+    assert f"{site.root('web')}: has no {missing}" in said if missing else "has no" not in said
 
 
 # --- clone

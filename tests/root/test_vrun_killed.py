@@ -44,7 +44,8 @@ def _archive(site: Site) -> Path:
 
 
 def test_a_template_build_that_is_killed_can_be_done_again_or_deleted(site: Site) -> None:
-    words = ["web", "build", "-m", "template", "--hostname", "web", "--", "-t", _archive(site)]
+    options = ["-m", "template", "--hostname", "web", "--", "-t", os.fspath(_archive(site))]
+    words = ["web", "build", *options]
     steps = len(run_killed(0, vserver.main, *words).notes)
     assert steps > 20
     whole = snapshot(site.root("web"))

@@ -45,6 +45,7 @@ _HOSTS: Final = "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback
 _MACHINE_ID: Final = "etc/machine-id"
 _MACHINE_ID_COPY: Final = "var/lib/dbus/machine-id"
 _SSH_KEY: Final = re.compile(r"ssh_host_(rsa|ecdsa|ed25519|dsa)_key")
+_RC: Final = ("etc/init.d/rc", "etc/rc.d/rc")
 _GETTY: Final = re.compile(rb"^([^#\n][^\n]*(?:getty|:askfirst:)[^\n]*)$", re.MULTILINE)
 
 
@@ -104,15 +105,23 @@ def make_own(tree: GuestTree, hostname: str, *, is_fresh: bool) -> None:
 
 
 def find_style(tree: GuestTree) -> str | None:
-    """The init style that fits the tree; None where the default one, sysv, does, or none is seen.
+    """The init style that fits the tree; None where there is nothing that could start it.
 
     Where an init stands in the tree but no rc script, the init has to be started itself.
     """
-    if any(tree.has(f"{folder}/systemd/systemd") for folder in ("usr/lib", "lib")):
-        return "systemd" if tree.has("sbin/init") or tree.has("usr/sbin/init") else None
-    if tree.has("etc/init.d/rc") or tree.has("etc/rc.d/rc"):
-        return None
-    return "plain" if tree.has("sbin/init") else None
+    has_init = tree.has("sbin/init")
+    if has_init and any(tree.has(f"{folder}/systemd/systemd") for folder in ("usr/lib", "lib")):
+        return "systemd"
+    if any(tree.has(path) for path in _RC):
+        return "sysv"
+    return "plain" if has_init else None
+
+
+def find_missing_init(tree: GuestTree, style: str) -> str | None:
+    """What a guest of that style runs first and the tree does not have; None where it has it."""
+    wanted = {"sysv": _RC, "openrc": ("sbin/openrc", "lib/rc/sh/init-vserver.sh")}
+    paths = wanted.get(style, ("sbin/init",))
+    return None if any(tree.leads_to_file(path) for path in paths) else f"/{paths[0]}"
 
 
 def _quiet_terminals(tree: GuestTree) -> None:

@@ -70,6 +70,17 @@ class GuestTree:
             return False
         return True
 
+    def leads_to_file(self, path: str) -> bool:
+        """Whether there is a regular file at the path, by whatever links."""
+        try:
+            fd = syscalls.openat2(self.fd, os.fsencode(path), flags=os.O_PATH, resolve=_RESOLVE)
+        except OSError:
+            return False
+        try:
+            return stat.S_ISREG(os.fstat(fd).st_mode)
+        finally:
+            os.close(fd)
+
     def list(self, path: str) -> list[str]:
         """The names in a folder; none where there is no such folder."""
         try:

@@ -17,7 +17,7 @@ from typing import Final
 
 from vrun import unfinished
 from vrun.build import completion, program
-from vrun.build.distribution import Distribution
+from vrun.build.distribution import Distribution, first_line
 from vrun.build.inside import GuestTree
 from vrun.build.method import Method, Place
 from vrun.build.options import BuildOptions
@@ -223,15 +223,33 @@ def _complete(run: _Build) -> None:
     with GuestTree(root, find_pool(root)) as tree:
         completion.complete(tree, run.place.distribution)
         completion.make_own(tree, guest.hostname or guest.name, is_fresh=run.method.is_fresh)
-        if run.style is None:
-            run.style = completion.find_style(tree)
-            if run.style:
-                (run.place.config / "apps/init/style").write_text(f"{run.style}\n")
+        _choose_style(run, tree)
 
 
 def _run_after(run: _Build) -> None:
     run.method.finish(run.place)
     _run_script(run.place, "initpost")
+    with GuestTree(run.place.root) as tree:
+        _choose_style(run, tree)
+        style = run.style or "sysv"
+        missing = completion.find_missing_init(tree, style)
+    if missing and not _has_own_command(run.place):
+        text = f"{run.place.root}: has no {missing}, which the init style {style} runs"
+        run.notices += (f"{text}; it has to come before the guest can start",)
+
+
+def _choose_style(run: _Build, tree: GuestTree) -> None:
+    """Write down the style that fits the tree, unless one was given or written by a program."""
+    path = run.place.config / "apps/init/style"
+    if path.exists():
+        run.style = first_line(path)
+    elif (style := completion.find_style(tree)) is not None:
+        run.style = style
+        path.write_text(f"{style}\n")
+
+
+def _has_own_command(place: Place) -> bool:
+    return (place.config / "apps/init/cmd.start").exists()
 
 
 def _commit(run: _Build) -> None:
