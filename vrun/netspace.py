@@ -5,9 +5,11 @@ the host's administrator reaches it with `ip netns exec`. Mounts for it are the 
 the calling monitor.
 """
 
+import errno
+import fcntl
 import os
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -61,6 +63,8 @@ def make(name: str, host_fd: int) -> None:
     """Make a new network namespace of that name; the caller is in it afterwards. Raises OSError."""
     syscalls.setns(host_fd, syscalls.CLONE_NEWNS)
     FOLDER.mkdir(mode=0o755, parents=True, exist_ok=True)
+    with _locked_folder() as folder_fd:
+        _share(folder_fd)
     flags = os.O_RDONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
     file_fd = os.open(FOLDER / name, flags, 0o444)
     syscalls.unshare(syscalls.CLONE_NEWNET)
@@ -68,6 +72,37 @@ def make(name: str, host_fd: int) -> None:
     syscalls.move_mount(tree_fd, file_fd)
     os.close(tree_fd)
     os.close(file_fd)
+
+
+@contextmanager
+def _locked_folder() -> Iterator[int]:
+    """A descriptor of the folder, with the lock that ip(8) takes too before it mounts it."""
+    folder_fd = os.open(FOLDER, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(folder_fd, fcntl.LOCK_EX)
+        yield folder_fd
+    finally:
+        os.close(folder_fd)
+
+
+def _share(folder_fd: int) -> None:
+    """Make the folder a mount that is shared, so that what is mounted in it and taken off it is so
+    in all mount namespaces.
+
+    ip(8) does it when it first makes a namespace. Done by it after ours was mounted, ours would be
+    mounted twice, and its name could not be removed.
+    """
+    path = os.fsencode(FOLDER)
+    try:
+        syscalls.set_propagation(path, syscalls.MS_SHARED | syscalls.MS_REC)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # it is no mount yet
+            raise
+        flags = syscalls.OPEN_TREE_CLONE | syscalls.AT_RECURSIVE
+        tree_fd = syscalls.open_tree(_AT_FDCWD, path, flags)
+        syscalls.move_mount(tree_fd, folder_fd)
+        os.close(tree_fd)
+        syscalls.set_propagation(path, syscalls.MS_SHARED | syscalls.MS_REC)
 
 
 def remove(name: str, host_fd: int) -> None:
