@@ -22,6 +22,7 @@ from typing import Any, Final
 
 from vstore import inode, syscalls
 from vstore.errors import PoolBusy, ToolError, WrongUsage
+from vstore.exclude import Excludes
 from vstore.guest import Guest, list_guests, load_guest, tree_guest
 from vstore.hold import Held, check_same_mount
 from vstore.hostpath import HostPath, describe_kind, open_parent
@@ -70,8 +71,16 @@ def choose_source(text: str) -> Guest:
     return next(known, tree)
 
 
-def clone(source: Held, place: HostPath, pool: Pool, progress: Progress = SILENT) -> CloneResult:
-    """Make the tree at `place`, which is absent or an empty folder, a clone of the source.
+def clone(
+    source: Held,
+    place: HostPath,
+    pool: Pool,
+    progress: Progress = SILENT,
+    *,
+    excludes: Excludes | None = None,
+) -> CloneResult:
+    """Make the tree at `place`, which is absent or an empty folder, a clone of the source, without
+    what `excludes` excludes.
 
     Where that fails nothing is left. Raises PoolBusy for a guest that runs, WrongUsage for a target
     that cannot be, NoSpace.
@@ -86,7 +95,7 @@ def clone(source: Held, place: HostPath, pool: Pool, progress: Progress = SILENT
     with _open_target(place, source, pool) as parent_fd, _growing(place, parent_fd) as tree:
         try:
             with pool.share():
-                _replicate(source, tree, pool, result, progress)
+                _replicate(source, tree, pool, result, progress, excludes)
                 syscalls.syncfs(pool.fd)
             _rename(tree, place)
         except BaseException:
@@ -188,7 +197,12 @@ def _growing(place: HostPath, parent_fd: int) -> Iterator[Tree]:
 
 
 def _replicate(
-    source: Held, tree: Tree, pool: Pool, result: CloneResult, progress: Progress
+    source: Held,
+    tree: Tree,
+    pool: Pool,
+    result: CloneResult,
+    progress: Progress,
+    excludes: Excludes | None,
 ) -> None:
     progress.phase("clone")
     objects = pool.load_numbers()
@@ -199,7 +213,7 @@ def _replicate(
             yield (source.fd, tree.fd), None
 
     with guarded_worker(
-        pool, lambda pool, windows, stage: Replicator(pool, windows, stage, objects)
+        pool, lambda pool, windows, stage: Replicator(pool, windows, stage, objects, excludes)
     ) as crew:
         for _, answer in crew.map(jobs()):
             if answer is None:

@@ -15,6 +15,7 @@ from typing import Final
 from vstore import extents, inode
 from vstore.descent import Barred, Descent, Entered, Left
 from vstore.errors import NoSpace
+from vstore.exclude import Excludes
 from vstore.pool import InodeNumbers, Pool
 from vstore.window import Windows
 
@@ -27,6 +28,7 @@ _NO_ROOM: Final = frozenset((errno.ENOSPC, errno.EDQUOT))
 
 SOCKET: Final = "socket"
 OTHER_MOUNT: Final = "other-mount"
+EXCLUDED: Final = "excluded"
 
 Answer = tuple[dict[str, int], dict[str, int], list[tuple[bytes, str]]]
 """Counts, what was skipped by reason, errors (path, reason): since the answer before."""
@@ -41,10 +43,21 @@ class _Shared:
 
 
 class Replicator:
-    """Makes a tree again; a holder of windows for `guarded_worker`. `objects` become links."""
+    """Makes a tree again; a holder of windows for `guarded_worker`. `objects` become links; what
+    `excludes` excludes is left out, a folder with all in it.
+    """
 
-    def __init__(self, pool: Pool, windows: Windows, stage_fd: int, objects: InodeNumbers) -> None:
+    def __init__(
+        self,
+        pool: Pool,
+        windows: Windows,
+        stage_fd: int,
+        objects: InodeNumbers,
+        excludes: Excludes | None = None,
+    ) -> None:
         os.umask(0)
+        self._excludes = excludes
+        self._passed_over = 0  # how deep we are in a folder that is excluded
         self._windows = windows
         self._stage_fd = stage_fd
         self._pool_ino = os.fstat(pool.fd).st_ino
@@ -92,6 +105,9 @@ class Replicator:
         yield self._answer()
 
     def _enter(self, step: Entered, descent: Descent) -> Iterator[Answer]:
+        if self._passed_over or (step.name and self._is_excluded(descent.path())):
+            self._passed_over += 1
+            return
         if step.name:
             os.mkdir(step.name, 0o700, dir_fd=self._fd)
             fd = os.open(step.name, inode.OPEN_FOLDER, dir_fd=self._fd)
@@ -105,6 +121,8 @@ class Replicator:
         own_fd = -1  # this folder of the target, for the batch
         for entry in step.entries:
             path = descent.path(os.fsencode(entry.name))
+            if self._is_excluded(path):
+                continue
             if entry.inode() in self._objects:
                 if own_fd < 0:
                     own_fd = os.dup(self._fd)
@@ -118,7 +136,16 @@ class Replicator:
                 own_fd = -1
                 yield self._answer()
 
+    def _is_excluded(self, path: bytes) -> bool:
+        if not self._excludes or not self._excludes.is_excluded(b"/" + path):
+            return False
+        self._skip(EXCLUDED)
+        return True
+
     def _leave(self, step: Left) -> None:
+        if self._passed_over:
+            self._passed_over -= 1
+            return
         status, xattrs = self._above.pop()
         inode.copy_ownership(status, xattrs, self._fd)
         if step.fd >= 0:
@@ -127,6 +154,8 @@ class Replicator:
             self._fd = fd
 
     def _note_barred(self, step: Barred, path: bytes) -> None:
+        if self._passed_over or self._is_excluded(path):
+            return
         if step.error.errno != errno.EXDEV:
             self._note_error(path, step.error)
             return

@@ -251,6 +251,35 @@ def test_sources_of_a_clone_are_guests_trees_and_folders_of_roots(site: Site, to
 
 
 @on("ext4")
+def test_what_a_list_excludes_is_not_cloned(site: Site, tool: Tool) -> None:
+    rows: list[Row] = [
+        *system(),
+        File("home/ann/.bashrc", b"own"),
+        File("home/ann/deep/er/file", b"own"),
+        File("srv/keep/file", b"kept"),
+        File("srv/data/file", b"own"),
+        File("usr/lib/shared", b"library 1 " * 99),
+    ]
+    source = site.add_guest("source", rows)
+    site.add_guest("other", rows)
+    unify(tool)
+    before = snapshot(source)
+    patterns = site.filesystem.folder / "patterns"
+    patterns.write_text("# of each guest its own\n/home/*\n+/srv/keep\n/srv/*\n/usr/lib/shared")
+    build("web", "-m", "clone", "--", "-s", "source", "--exclude-from", patterns)
+    gone = {path for path in before if path.startswith((b"home/", b"srv/data"))}
+    gone |= {b"usr/lib/shared", b"srv/keep/file"}
+    root = snapshot(site.root("web"))
+    assert before.keys() - root.keys() == gone
+    kept = {path: item for path, item in before.items() if path not in gone}
+    assert changes(kept, site.root("web")) == []
+    assert {b"home", b"srv/keep", b"usr/lib/1"} <= root.keys()
+    assert find_faults(site.pool) == []
+    missing = site.filesystem.folder / "missing"
+    assert f"{missing}: " in refused("db", "-m", "clone", "--", "-s", "source", "-X", missing)
+
+
+@on("ext4")
 def test_without_a_pool_a_clone_is_a_copy(site: Site) -> None:
     source = site.add_guest("source", system())
     before = snapshot(source)

@@ -7,12 +7,14 @@ with the source where the file system can.
 import logging
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 from vrun.build.method import Method, Place
 from vrun.errors import NotPermitted, ToolError, WrongUsage
 from vrun.removal import find_pool
 from vstore.clone import choose_source, clone
+from vstore.exclude import Excludes, load_for
 from vstore.guest import Guest, list_guests, vdirbase
 from vstore.hold import hold_guests
 from vstore.hostpath import locate
@@ -30,6 +32,8 @@ class Clone(Method):
 
     source: str = ""
     """The name of a guest, the path of a tree, or of a folder below VDIRBASE."""
+    exclude_from: Path | None = None
+    """A list of what is left out, as vunify reads it."""
 
     def check(self, place: Place) -> None:
         if place.is_used:
@@ -38,6 +42,7 @@ class Clone(Method):
                 hint="--force renames what is there",
             )
         source = self._find_source()
+        self._load_excludes(source)
         if source.root == place.root:
             raise WrongUsage(f"{source.root}: cannot become a clone of itself")
 
@@ -48,13 +53,17 @@ class Clone(Method):
             self._open_pool(source) as pool,
             hold_guests([source], pool.path, offline=True) as (held,),
         ):
-            result = clone(held, target, pool, place.progress)
+            excludes = self._load_excludes(source)
+            result = clone(held, target, pool, place.progress, excludes=excludes)
         for reason, count in sorted(result.skipped.items()):
             log.info("%s: skipped, %s: %d", source.root, reason, count)
         if result.errors:
             path, why = result.errors[0]
             rest = f", and {len(result.errors) - 1} more" if len(result.errors) > 1 else ""
             raise ToolError(f"{show_name(path)}: {why}{rest}")
+
+    def _load_excludes(self, source: Guest) -> Excludes | None:
+        return load_for(source, self.exclude_from) if self.exclude_from else None
 
     def _find_source(self) -> Guest:
         if not self.source:

@@ -201,9 +201,16 @@ def _template(
 @click.command("clone")
 @click.option("-s", "--source", required=True, metavar="GUEST|DIR", help="A guest that is stopped.")
 @_distribution
-def _clone(*, source: str, distribution: str | None) -> Method:
+@click.option(
+    "-X",
+    "--exclude-from",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="A list of paths that are left out.",
+)
+def _clone(*, source: str, distribution: str | None, exclude_from: Path | None) -> Method:
     """Link what is unified and copy the rest of another guest, or of a tree (with a slash)."""
-    return Clone(source=source, distribution=distribution)
+    return Clone(source=source, distribution=distribution, exclude_from=exclude_from)
 
 
 @click.command("debootstrap")
