@@ -38,7 +38,7 @@ def test_ip_shows_the_namespace_and_works_beside_it(host: Host) -> None:
     said = _run(
         f"""
         vserver web start
-        findmnt -no PROPAGATION /run/netns
+        findmnt -no PROPAGATION /run/netns | tail -n 1
         ip netns exec {name} ip -br -4 addr show lo
         vserver web exec ip addr show lo | grep -c 10.9.8.7/24
         ip netns add {name}o
