@@ -87,6 +87,10 @@ class Group:
             return "populated 1" in (self.path / "cgroup.events").read_text().splitlines()
         return False
 
+    def open_events(self) -> int:
+        """A descriptor that is alarmed (POLLPRI) when `is_populated` changes. Raises OSError."""
+        return os.open(self.path / "cgroup.events", os.O_RDONLY | os.O_CLOEXEC)
+
     def pids(self) -> list[int]:
         """Its processes as the host numbers them; may be out of date at once."""
         found: list[int] = []

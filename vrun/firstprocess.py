@@ -24,7 +24,7 @@ from vstore.guest import RunState, rundir, vdirbase
 
 DIES_AT_ONCE_S: Final = 0.03
 """So long an init is watched that does not come to rest before its start counts as done."""
-_LOOK_S: Final = 0.002
+_LOOK_S: Final = 0.001
 _SETTLED_LOOKS: Final = 2
 
 _KILL_WAIT_S: Final = 10.0

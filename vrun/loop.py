@@ -70,6 +70,11 @@ class Loop:
         events = select.EPOLLIN | (select.EPOLLET if once_per_change else 0)
         self._epoll.register(fd, events)
 
+    def watch_alarms(self, fd: int, callback: Callback) -> None:
+        """Call back whenever a file of the kernel says that it has changed: EPOLLPRI, poll(2)."""
+        self._callbacks[fd] = callback
+        self._epoll.register(fd, select.EPOLLPRI | select.EPOLLET)
+
     def look_again(self, fd: int) -> None:
         """Call back once more if there is still something to read: for `once_per_change`."""
         self._epoll.modify(fd, select.EPOLLIN | select.EPOLLET)

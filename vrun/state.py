@@ -16,7 +16,6 @@ they tell of is gone after a power loss, and the boot id in resources.json says 
 """
 
 import fcntl
-import json
 import os
 import select
 import time
@@ -282,6 +281,8 @@ def _boot_id() -> str:
 
 
 def _replace(path: Path, values: dict[str, Any]) -> None:
+    import json  # 1 ms that a command to a monitor which is there need not pay
+
     spare = path.with_suffix(".new")
     with open(spare, "w", opener=_private) as file:
         json.dump(values, file)
@@ -298,6 +299,8 @@ def _load(path: Path) -> dict[str, Any] | None:
         text = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         return None
+    import json
+
     try:
         values: dict[str, Any] = dict(json.loads(text))
     except (ValueError, TypeError) as error:

@@ -5,20 +5,24 @@ killed by force. ENDING takes back what the guest has outside. Nothing that fail
 See reference 9.
 """
 
+import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Final
 
 from vrun import firstprocess, outside, styles
+from vrun.cgroup import Group
 from vrun.context import Context
 from vrun.errors import ToolError
 from vrun.launch import reason_of
 from vrun.loop import Aborted
 
 _FORCE_WAIT_S: Final = 10.0
-_POLL_S: Final = 0.005
-_LOOK_S: Final = 0.05
+_POLL_S: Final = 0.05
+_LOOK_S: Final = 0.01
+"""How often is looked at what no descriptor tells: signal masks, and who is left."""
 _DEAF_S: Final = 0.5
 """An init that does not hear a signal at this age never will; before, it may just begin."""
 
@@ -120,7 +124,7 @@ def _wait_for_end(context: Context, deadline: float, *, sent: int | None = None)
         is_deaf = sent and context.is_alone() and not context.init_hears(sent)
         return not context.is_alive or bool(is_deaf)
 
-    context.loop.wait(is_over, deadline=deadline, every=_LOOK_S)
+    context.loop.wait(is_over, deadline=deadline, every=_LOOK_S if sent else None)
     return not context.is_alive
 
 
@@ -129,9 +133,26 @@ def _kill_by_force(context: Context) -> list[int]:
     if context.group is None:
         return []
     context.group.kill()
-    deadline = time.monotonic() + _FORCE_WAIT_S
-    context.loop.wait(lambda: not context.processes(), deadline=deadline, every=_POLL_S)
+    with _watched(context, context.group):
+        deadline = time.monotonic() + _FORCE_WAIT_S
+        context.loop.wait(lambda: not context.processes(), deadline=deadline, every=_POLL_S)
     return context.processes()
+
+
+@contextmanager
+def _watched(context: Context, group: Group) -> Iterator[None]:
+    """Waits look again when the last process of the guest has ended."""
+    try:
+        fd = group.open_events()
+    except OSError:  # the group is gone
+        yield
+        return
+    context.loop.watch_alarms(fd, lambda: None)
+    try:
+        yield
+    finally:
+        context.loop.unwatch(fd)
+        os.close(fd)
 
 
 # --- ending
