@@ -1,6 +1,6 @@
 """The network of guests: addresses on the host's devices, or a network namespace of their own.
 
-Everything here belongs into a child that ends soon: pyroute2 takes 0.1 s and some megabytes, and
+Everything here belongs into a child that ends soon: pyroute2 takes its time and some megabytes, and
 configure_own() leaves the caller in the guest's network namespace.
 """
 
@@ -9,6 +9,7 @@ import os
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import cached_property
 from ipaddress import IPv4Address, IPv4Network, IPv6Address
 from pathlib import Path
 from typing import Any, Final
@@ -16,6 +17,7 @@ from typing import Any, Final
 from vrun import syscalls
 from vrun.claims import Claims, Thing, locked
 from vrun.errors import ToolError
+from vrun.rtnetlink import Route, load
 from vrun.spec import Address, Link
 from vrun.wire import Probe
 
@@ -41,12 +43,10 @@ def bring_up(name: str, addresses: Sequence[Address]) -> None:
         return
     with ExitStack() as stack:
         probes = [(address, stack.enter_context(probe)) for address, probe in _ask(wanted)]
-        from pyroute2 import IPRoute
-
         for address, probe in probes:
             _check_unused(address, probe.find_owner())
         claims = stack.enter_context(locked())
-        host = _Namespace(stack.enter_context(IPRoute()))
+        host = stack.enter_context(_Namespace())
         try:
             for address in wanted:
                 _add_on_host(host, claims, name, address)
@@ -64,10 +64,8 @@ def take_down(name: str) -> None:
     with locked() as claims:
         if not claims.used_by(name):
             return
-        from pyroute2 import IPRoute
-
-        with IPRoute() as netlink:
-            _release(_Namespace(netlink), claims, name)
+        with _Namespace() as host:
+            _release(host, claims, name)
 
 
 def configure_own(
@@ -78,15 +76,11 @@ def configure_own(
     The caller is in it afterwards. take_down() removes what stands on the host's side, after a
     ToolError too.
     """
-    from pyroute2 import IPRoute
-
-    with locked() as claims, IPRoute() as netlink:
-        host = _Namespace(netlink)
+    with locked() as claims, _Namespace() as host:
         for index, link in enumerate(links):
             _make_link(host, claims, name, link, _MADE_UP.format(xid, index), netns_fd)
     syscalls.setns(netns_fd, syscalls.CLONE_NEWNET)
-    with IPRoute() as netlink:
-        own = _Namespace(netlink)
+    with _Namespace() as own:
         own.set_up("lo")
         for link in links:
             own.set_up(link.guest)
@@ -99,15 +93,35 @@ def configure_own(
 
 
 class _Namespace:
-    """A network namespace through rtnetlink(7); failures become ToolErrors that say of what."""
+    """The network namespace of this process; failures become ToolErrors that say of what.
 
-    def __init__(self, netlink: Any) -> None:
-        self._netlink = netlink
+    What every guest with addresses needs is done by rtnetlink.py, devices and routes by pyroute2.
+    """
+
+    def __init__(self) -> None:
+        self._route = Route()
+        self._opened = ExitStack()
+        self._opened.enter_context(self._route)
+
+    def __enter__(self) -> "_Namespace":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._opened.close()
+
+    @cached_property
+    def _netlink(self) -> Any:
+        load()
+        from pyroute2.iproute.linux import IPRoute
+
+        return self._opened.enter_context(IPRoute())
 
     def find_device(self, device: str) -> int | None:
         """The device's index."""
-        found: list[int] = self._netlink.link_lookup(ifname=device)
-        return found[0] if found else None
+        try:
+            return socket.if_nametoindex(device)
+        except OSError:
+            return None
 
     def index_of(self, device: str, where: str) -> int:
         index = self.find_device(device)
@@ -119,7 +133,7 @@ class _Namespace:
 
     def set_up(self, device: str) -> None:
         with _saying(f"cannot set the device {device} up"):
-            self._netlink.link("set", index=self.index_of(device, "start"), state="up")
+            self._route.set_up(self.index_of(device, "start"))
 
     def add_device(self, device: str, kind: str, **options: Any) -> None:
         with _saying(f"cannot make the {kind} device {device}"):
@@ -139,12 +153,7 @@ class _Namespace:
     def has_address(self, address: Address) -> bool:
         """Whether the device has the address with that prefix."""
         index = self.index_of(address.device or "", _where(address))
-        family = socket.AF_INET if address.is_ipv4 else socket.AF_INET6
-        return any(
-            (found.get("local") or found.get("address")) == str(address.ip)
-            and found["prefixlen"] == address.prefix
-            for found in self._netlink.get_addr(family=family, index=index)
-        )
+        return self._route.has_address(index, str(address.ip), address.prefix)
 
     def add_address(self, address: Address) -> None:
         """Add the address to its device, and set that up; one that is there is no error."""
@@ -152,7 +161,13 @@ class _Namespace:
         with _saying(
             f"{_where(address)}: cannot add {address.ip} to {address.device}", errno.EEXIST
         ):
-            self._netlink.addr("add", index=index, **_address_options(address))
+            self._route.add_address(
+                index,
+                str(address.ip),
+                address.prefix,
+                scope=_scope_of(address),
+                **_attributes_of(address),
+            )
         if address.up:
             self.set_up(address.device or "")
 
@@ -161,12 +176,11 @@ class _Namespace:
         if index is None:
             return
         local, _, prefix = thing.address.partition("/")
-        options = {"address": thing.peer or local, "local": local, "prefixlen": int(prefix)}
         with (
             _promoting(thing.device),
             _saying(f"cannot remove {local} from {thing.device}", *_GONE),
         ):
-            self._netlink.addr("del", index=index, **options)
+            self._route.remove_address(index, local, int(prefix), thing.peer)
 
     def add_default_route(self, address: Address) -> None:
         where = _where(address)
@@ -184,17 +198,24 @@ _GONE: Final = (errno.EADDRNOTAVAIL, errno.ENODEV)
 @contextmanager
 def _saying(what: str, *accepted: int) -> Iterator[None]:
     """Turn a refusal of the kernel into a ToolError, but for errors that are as good as done."""
-    from pyroute2 import NetlinkError
-
     try:
         yield
-    except NetlinkError as error:
-        if error.code in accepted:
+    except _refusals() as error:
+        code = (error.errno if isinstance(error, OSError) else error.code) or 0
+        if code in accepted:
             return
         hint = None
-        if error.code == errno.EOPNOTSUPP:
+        if code == errno.EOPNOTSUPP:
             hint = "the kernel lacks it: see modprobe and the kernel's configuration"
-        raise ToolError(f"{what}: {os.strerror(error.code)}", hint=hint) from error
+        raise ToolError(f"{what}: {os.strerror(code)}", hint=hint) from error
+
+
+def _refusals() -> tuple[Any, ...]:
+    """What the two ways to the kernel raise."""
+    load()
+    from pyroute2.netlink.exceptions import NetlinkError
+
+    return (OSError, NetlinkError)
 
 
 @contextmanager
@@ -217,21 +238,27 @@ def _where(address: Address) -> str:
     return f"interfaces/{address.entry}"
 
 
-def _address_options(address: Address) -> dict[str, Any]:
-    options: dict[str, Any] = {"address": str(address.ip), "prefixlen": address.prefix}
+def _attributes_of(address: Address) -> dict[str, Any]:
+    """What rtnetlink has to know of it."""
+    attributes: dict[str, Any] = {}
     if address.peer is not None:
-        options["local"], options["address"] = options["address"], str(address.peer)
+        attributes["IFA_ADDRESS"] = str(address.peer)
     if not address.is_ipv4:
-        return options | {"IFA_FLAGS": _NODAD}
+        return attributes | {"IFA_FLAGS": _NODAD}
     broadcast = address.broadcast or _broadcast(address)
     if broadcast is not None:
-        options["broadcast"] = str(broadcast)
+        attributes["IFA_BROADCAST"] = str(broadcast)
     if address.label:
-        options["label"] = address.label
-    if address.scope is not None:
-        known = _SCOPES.get(address.scope)
-        options["scope"] = int(address.scope) if known is None else known
-    return options
+        attributes["IFA_LABEL"] = address.label
+    return attributes
+
+
+def _scope_of(address: Address) -> int:
+    """Where it is known; IPv4 only, and everywhere unless a file says otherwise."""
+    if address.scope is None or not address.is_ipv4:
+        return 0
+    known = _SCOPES.get(address.scope)
+    return int(address.scope) if known is None else known
 
 
 def _broadcast(address: Address) -> IPv4Address | None:

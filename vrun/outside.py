@@ -229,7 +229,7 @@ def remove_addresses(context: Context) -> None:
 
 
 def _network_call(function: str, *arguments: object) -> None:
-    """In a child: importing pyroute2 takes longer than all the rest of a start."""
+    """In a child: what it imports of pyroute2 is not to be kept for years."""
     from vrun import network
 
     getattr(network, function)(*arguments)
