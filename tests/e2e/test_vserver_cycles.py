@@ -21,7 +21,14 @@ import pytest
 from tests.fixtures import vservers
 from tests.fixtures.guestconfig import Keys
 from tests.fixtures.probes import need, scaled
-from tests.fixtures.vservers import VSERVER, Host, host_for_guests, is_alive, wait_until
+from tests.fixtures.vservers import (
+    VSERVER,
+    Host,
+    host_for_guests,
+    is_alive,
+    status_of,
+    wait_until,
+)
 
 pytestmark = need("root")
 
@@ -72,7 +79,7 @@ class Island:
             mounts=sorted(Path(f"/proc/{self.holder}/mountinfo").read_text().splitlines()),
             links=self._ip("-o", "link"),
             addresses=self._ip("-o", "-4", "address"),
-            groups=sorted(map(os.fspath, _GROUPS.glob(f"*/**/{self.base}/**/"))),
+            groups=self._groups(),
             processes=sorted(self._processes()),
             files=sorted(map(os.fspath, self._files())),
             locks=self._locks(),
@@ -83,6 +90,12 @@ class Island:
         """Those of RUNDIR, but for what is kept so that the next start need not make it again."""
         rundir = self.host.etc.rundir
         return (path for path in rundir.glob("**/*") if rundir / ".filters" not in path.parents)
+
+    def _groups(self) -> list[str]:
+        """Those of the guests; one may be removed while we look."""
+        while True:
+            with suppress(FileNotFoundError):
+                return sorted(map(os.fspath, _GROUPS.glob(f"*/**/{self.base}/**/")))
 
     def _ip(self, *words: str) -> list[str]:
         command = ["nsenter", f"--net=/proc/{self.holder}/ns/net", "ip", *words]
@@ -99,8 +112,11 @@ class Island:
                     or (folder / "root").readlink().is_relative_to(self.host.etc.vdirbase)
                     or variable in (folder / "environ").read_bytes().split(b"\0")
                 )
-                if is_ours and int(folder.name) != os.getpid():
-                    yield f"{folder.name} {(folder / 'comm').read_text().strip()}"
+                status = status_of(int(folder.name))
+                # One whose monitor was killed is for the host's init to reap, when it likes.
+                is_done = status["State"][0] == "Z" and status["PPid"] == "1"
+                if is_ours and not is_done and int(folder.name) != os.getpid():
+                    yield f"{folder.name} {status['Name']}"
 
     def _locks(self) -> list[str]:
         """Inodes below RUNDIR and CONFDIR that somebody has locked; see proc_locks(5)."""
