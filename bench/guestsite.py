@@ -5,11 +5,12 @@ The guest's init writes a byte to the FIFO /mark as the first thing it does.
 
 import os
 import select
+import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -91,6 +92,18 @@ def held(pid: int) -> tuple[int, int]:
     return private, pss
 
 
+def family(pid: int) -> list[int]:
+    """The process and all below it."""
+    found, waiting = [], [pid]
+    while waiting:
+        one = waiting.pop()
+        found.append(one)
+        for path in Path(f"/proc/{one}/task").glob("*/children"):
+            with suppress(OSError):
+                waiting += map(int, path.read_text().split())
+    return found
+
+
 @contextmanager
 def mark(site: Site) -> Iterator[int]:
     """A descriptor of the FIFO in which guests leave their mark."""
@@ -121,7 +134,9 @@ def running(command: Sequence[str], site: Site) -> Iterator["subprocess.Popen[by
             raise BenchError(f"{error}: {text}") from error
         finally:
             if process.poll() is None:
-                process.kill()
+                for pid in reversed(family(process.pid)):  # a guest of it would stay
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
                 process.wait()
 
 

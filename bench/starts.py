@@ -31,6 +31,7 @@ from bench.guestsite import (
     await_marks,
     check,
     configure,
+    family,
     held,
     make_site,
     mark,
@@ -266,7 +267,7 @@ def _weigh(starter: Starter, site: Site, number: int) -> Memory:
             status = Path(f"/proc/{state['init_pid']}/status").read_text()
             outside = [int(status.partition("PPid:")[2].split()[0])]
         else:
-            outside = [pid for pid in _family(process.pid) if _depth(pid) == 1]
+            outside = [pid for pid in family(process.pid) if _depth(pid) == 1]
         time.sleep(0.2)  # what it does after the start
         sizes = [held(pid) for pid in outside]
         private, pss = sum(one[0] for one in sizes), sum(one[1] for one in sizes)
@@ -274,24 +275,12 @@ def _weigh(starter: Starter, site: Site, number: int) -> Memory:
             with running(starter.end(site), site) as stopping:
                 check(stopping)
         else:
-            for pid in _family(process.pid):
+            for pid in family(process.pid):
                 if _depth(pid) > 1:
                     with suppress(ProcessLookupError):
                         os.kill(pid, signal.SIGKILL)
             process.wait(TIMEOUT_S)
     return Memory(starter.name, number, len(outside), private, pss)
-
-
-def _family(pid: int) -> list[int]:
-    """The process and all below it."""
-    found, waiting = [], [pid]
-    while waiting:
-        one = waiting.pop()
-        found.append(one)
-        for path in Path(f"/proc/{one}/task").glob("*/children"):
-            with suppress(OSError):
-                waiting += map(int, path.read_text().split())
-    return found
 
 
 def _depth(pid: int) -> int:
