@@ -154,6 +154,18 @@ def test_a_command_that_is_ended_leaves_no_start_half_done(
     assert host.leftovers() == []
 
 
+def test_a_guest_without_a_root_is_left_out_of_all_with_a_warning(host: Host) -> None:
+    host.add_busybox("one")
+    folder = host.etc.confdir / "gone"
+    folder.mkdir()
+    (folder / "vdir").symlink_to("/no/such/root")
+    done = bulk("start", "--all")
+    assert done.stdout == "one: started\n"
+    assert done.stderr.startswith("vservers: ")
+    assert "gone" in done.stderr
+    (folder / "vdir").unlink()
+
+
 def test_warnings_say_whose_they_are(host: Host) -> None:
     host.add_busybox("web", {**SLEEPER, "keepfds": ""})
     assert "vservers: guest web: " in bulk("start", "web").stderr
