@@ -86,7 +86,7 @@ def _run(context: Context, argv: list[str]) -> int:
     if pid == 0:
         syscalls.set_parent_death_signal(signal.SIGKILL)
         scripts.become(argv, context.spec.root, stdio)
-    return os.waitstatus_to_exitcode(context.loop.wait_child(pid) or 0)
+    return scripts.wait(context.loop, pid)
 
 
 def mount_fstab(context: Context) -> None:

@@ -10,6 +10,7 @@ guest may see, and the host does not.
 
 import fcntl
 import os
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Final, Literal, NoReturn
 
 from vrun import syscalls
 from vrun.errors import ConfigInvalid
-from vrun.loop import Loop
+from vrun.loop import Aborted, Loop
 from vrun.spec import GuestSpec
 from vstore.guest import LEFTOVER
 from vstore.record import dataclass
@@ -40,6 +41,9 @@ _SOURCE: Final = (
     'vrun_source() { . "$script"; }; vrun_source "$@"'
 )
 _KILLED: Final = 9
+_DYING_S: Final = 2.0
+"""So long is waited for what was killed: longer only what waits for a device."""
+_LOOK_S: Final = 0.005
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +129,7 @@ def _run(
             environment = _environment(spec, xid)
             _exec([*argv, phase, spec.name], folder, environment, stdio, asked_write)
         os.close(asked_write)
-        status = _wait(loop, pid)
+        status = wait(loop, pid)
         asked = is_sourced and _can_be_read(asked_read)
     finally:
         os.close(asked_read)
@@ -185,17 +189,39 @@ def _above(fd: int) -> int:
     return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 10)
 
 
-def _wait(loop: Loop, pid: int) -> int:
+def wait(loop: Loop, pid: int) -> int:
+    """The exit status of a child that has called become(), 128 + n for signal n.
+
+    Raises Aborted, with the program killed.
+    """
     try:
         status = loop.wait_child(pid)
     except BaseException:
-        # It is the first of a session of its own, or will be in a moment.
-        for kill in (os.killpg, os.kill, os.killpg):
-            with suppress(ProcessLookupError):
-                kill(pid, _KILLED)
+        _end(loop, pid)
         raise
     code = os.waitstatus_to_exitcode(status or 0)
     return 128 - code if code < 0 else code
+
+
+def _end(loop: Loop, pid: int) -> None:
+    """Kill the script, and all that it has started and that has not left its session."""
+    # It is the first of a session of its own, or will be in a moment.
+    for kill in (os.killpg, os.kill, os.killpg):
+        with suppress(ProcessLookupError):
+            kill(pid, _KILLED)
+    deadline = time.monotonic() + _DYING_S
+    with suppress(Aborted):
+        loop.wait_child(pid, deadline=deadline)
+        loop.wait(lambda: _is_empty(pid), deadline=deadline, every=_LOOK_S)
+
+
+def _is_empty(group: int) -> bool:
+    """Whether no process is in the group any more, not even a dead one."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return True
+    return False
 
 
 def _can_be_read(fd: int) -> bool:
