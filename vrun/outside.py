@@ -144,9 +144,11 @@ def prepare_tree(context: Context) -> None:
 
 
 def take_number(context: Context) -> None:
-    xid = state.reserve_xid(context.spec.name, context.spec.xid, is_taken=_has_group)
-    context.resources = replace(context.resources, xid=xid)
-    state.write_resources(context.spec.name, context.resources)  # its cgroup is found by it
+    def keep(xid: int) -> None:
+        context.resources = replace(context.resources, xid=xid)
+        state.write_resources(context.spec.name, context.resources)  # its cgroup is found by it
+
+    state.reserve_xid(context.spec.name, context.spec.xid, is_taken=_has_group, note=keep)
 
 
 def _has_group(xid: int) -> bool:
@@ -175,8 +177,10 @@ def make_groups(context: Context) -> None:
 
 
 def find_groups(context: Context) -> None:
-    """The groups of a run that another monitor began."""
+    """The groups of a run that another monitor began, unless another guest has the number now."""
     record = context.resources.cgroup
+    if not state.has_xid(context.spec.name, context.xid):
+        return
     if record:
         context.group = Group.from_record(record)
     else:  # it was killed while it made them

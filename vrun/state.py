@@ -189,22 +189,29 @@ def is_held(name: str) -> bool:
 # --- numbers
 
 
-def reserve_xid(name: str, wanted: int | None, *, is_taken: Callable[[int], bool]) -> int:
+def reserve_xid(
+    name: str,
+    wanted: int | None,
+    *,
+    is_taken: Callable[[int], bool],
+    note: Callable[[int], None],
+) -> int:
     """Give the guest the number `wanted`, else the lowest free dynamic one; its lock is held.
 
     `is_taken` says of a dynamic number whether somebody else uses it for whom RUNDIR is another
-    folder. Raises ToolError where another guest that runs has the number, or none is free.
+    folder; `note` gets the number right before the guest has it, to keep what must be undone.
+    Raises ToolError where another guest that runs has the number, or none is free.
     """
     with _xids() as folder:
         owners = {int(entry): owner for entry, owner in _owners(folder)}
         if wanted is not None:
             _check_free(wanted, owners.get(wanted), name)
-            return _take_xid(folder, wanted, name)
+            return _take_xid(folder, wanted, name, note)
         for xid in range(FIRST_DYNAMIC, LAST_DYNAMIC + 1):
             if xid in owners and _is_used_by_other(owners[xid], name):
                 continue
             if not is_taken(xid):
-                return _take_xid(folder, xid, name)
+                return _take_xid(folder, xid, name, note)
     raise ToolError(
         f"guest {name}: all context numbers from {FIRST_DYNAMIC} to {LAST_DYNAMIC} are taken",
         hint="give guests numbers of their own in the file context",
@@ -217,6 +224,13 @@ def release_xid(name: str, xid: int) -> None:
         link = folder / str(xid)
         if os.fspath(link.readlink()) == name:
             link.unlink()
+
+
+def has_xid(name: str, xid: int) -> bool:
+    """Whether the number is the guest's still, and no other has taken it since."""
+    with suppress(OSError):
+        return os.fspath((rundir() / ".xids" / str(xid)).readlink()) == name
+    return False
 
 
 def find_by_xid(xid: int) -> str | None:
@@ -266,7 +280,8 @@ def _is_used_by_other(owner: str, name: str) -> bool:
     return owner != name and (is_held(owner) or find_running(owner) is not None)
 
 
-def _take_xid(folder: Path, xid: int, name: str) -> int:
+def _take_xid(folder: Path, xid: int, name: str, note: Callable[[int], None]) -> int:
+    note(xid)
     link = folder / str(xid)
     link.unlink(missing_ok=True)
     link.symlink_to(name)

@@ -186,6 +186,25 @@ def _family(starter: int) -> list[int]:
     return found
 
 
+def test_what_is_left_of_a_guest_is_not_looked_for_where_another_is_now(host: Host) -> None:
+    """The two have one number, and the first was killed together with its monitor."""
+    host.add_busybox("web")
+    number = (host.etc.confdir / "web/context").read_text()
+    host.add_busybox("other", {**SLEEPER, "context": number})
+    host.vserver("web", "start")
+    pids = host.monitor_pid("web"), host.init_pid("web")
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    for pid in pids:
+        wait_until(lambda pid=pid: not is_alive(pid))
+    host.vserver("other", "start")
+    pid = host.init_pid("other")
+    host.vserver("web", "stop")
+    assert is_alive(pid)
+    assert host.inside("other", "echo", "well") == "well\n"
+    host.vserver("other", "stop")
+
+
 def test_anything_killed_at_any_moment_of_a_start_leaves_nothing(host: Host) -> None:
     """Command, monitor or process 1, after a random time."""
     host.add_busybox("web", {**SLEEPER, "spaces/net": ""})
