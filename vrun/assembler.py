@@ -139,6 +139,7 @@ _X86_CALLS: Final = {
     "rt_sigaction": 13,
     "setsid": 112,
     "wait4": 61,
+    "read": 0,
     "write": 1,
 }
 _RAX, _RBX, _RBP, _R12 = 0, 3, 5, 12
@@ -240,6 +241,7 @@ _ARM_CALLS: Final = {
     "rt_sigaction": 134,
     "setsid": 157,
     "wait4": 260,
+    "read": 63,
     "write": 64,
 }
 _X8, _X9, _X29, _ZERO = 8, 9, 29, 31

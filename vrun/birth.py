@@ -34,7 +34,7 @@ class Birth:
     filter: bytes
     far: FarEnd
     report_fd: int
-    """Where the stub tells what became of the program."""
+    """A socket: the stub waits there for the word, and tells what became of the program."""
     stub_fd: int | None = None
     network_fd: int = -1
     """A network namespace to enter; -1: the host's, or a new one."""
@@ -125,14 +125,16 @@ def drop_capabilities(birth: Birth) -> None:
     capabilities.limit(birth.spec.capabilities)
 
 
-def wait_for_word(birth: Birth) -> None:
+def say_ready(birth: Birth) -> None:
     """Nothing of the guest has run yet: from here on the monitor says that it runs."""
     birth.far.say("ready")
-    birth.far.wait()
 
 
 def execute(birth: Birth) -> None:
-    """Become the stub, which executes the program; this comes back only as an error."""
+    """Become the stub, which waits for the word and executes the program.
+
+    This comes back only as an error.
+    """
     program = birth.program
     environment = dict((*birth.spec.init.environment, *program.environment))
     path = find_in_path(program.argv[0], environment.get("PATH", ""))

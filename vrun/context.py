@@ -60,7 +60,7 @@ class Context:
     is_ours: bool = True
     """That process is this monitor's child."""
     reports_fd: int = -1
-    """Where the stub tells what became of the program that starts the guest."""
+    """A socket to the stub, which executes the program that starts the guest."""
     reports: Reports | None = None
     _has_ended: bool = False
 

@@ -6,6 +6,7 @@ What it does itself is in birth.py.
 import errno
 import os
 import signal
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,7 +35,8 @@ def launch(context: Context, steps: tuple[birth.Step, ...]) -> None:
     """Fork the guest's first process, which does `steps`."""
     chain = Chain(context.spec.name, context.loop, context.audience.warn)
     context.chain = chain
-    context.reports_fd, report_fd = os.pipe2(os.O_CLOEXEC)
+    near, far = socket.socketpair()
+    context.reports_fd, report_fd = near.detach(), far.detach()
     try:
         plan = _plan_birth(context, FarEnd(chain.far), report_fd)
         kept = {chain.far.socket.fileno(), report_fd, context.network_fd} - {-1}
@@ -170,10 +172,9 @@ def execute_init(context: Context) -> None:
     """Let the guest's init be executed, and see that it does not end at once."""
     reports = Reports(context.reports_fd, context.loop)
     context.reports_fd, context.reports = -1, reports
-    chain = context.running_chain()
-    chain.go_on()
+    reports.let_go()
     number = reports.wait_for_program()
-    chain.close()
+    context.running_chain().close()
     context.chain = None
     if number:
         raise _cannot_execute(context, number)

@@ -36,7 +36,7 @@ INIT_STEPS: Final[tuple[birth.Step, ...]] = (
     ("leave the caller's keyring", birth.leave_keyring),
     ("load its system call filter", birth.load_filter),
     ("give up capabilities", birth.drop_capabilities),
-    ("wait for the word to go", birth.wait_for_word),
+    ("say that all is ready", birth.say_ready),
     ("execute its init", birth.execute),
 )
 

@@ -1,6 +1,7 @@
-"""What the stub tells of the program that starts a guest: the monitor's side of stub.py."""
+"""The word that lets a guest's first program go, and what the stub tells of it: see stub.py."""
 
 import os
+from contextlib import suppress
 
 from vrun import stub
 from vrun.loop import Loop
@@ -10,12 +11,17 @@ class Reports:
     """Reads the stub's reports as they come. A guest may forge them; they only decide messages."""
 
     def __init__(self, fd: int, loop: Loop) -> None:
-        """Takes over `fd`, the reading end of a pipe."""
+        """Takes over `fd`, a connected socket."""
         self._fd = fd
         self._loop = loop
         self._data = b""
         self.is_open = True
         loop.watch(fd, self._read)
+
+    def let_go(self) -> None:
+        """Have the stub execute the program; nothing where it has died."""
+        with suppress(OSError):
+            os.write(self._fd, b"\n")
 
     def wait_for_program(self) -> int:
         """Wait until the program is executed; 0, or the errno of execve(2). Raises Aborted."""

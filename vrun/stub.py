@@ -7,9 +7,13 @@ a guest can see, nor of one that executes a guest's file (a guest's /sbin/init m
 exec    executes the command in its own place: the guest's init.
 wait    forks, executes the command in the child, reaps until no child is left, and ends with the
         first child's status (128 + n for signal n): process 1 of the style sysv.
-join    as wait, and the child is in a session of its own, whose terminal is descriptor 0 if that is
-        one: what `exec` and `enter` run in the host's pid namespace. The stub's own session has no
-        number inside, and a guest could send signals to it as its process group.
+join    as wait but for the word, and the child is in a session of its own, whose terminal is
+        descriptor 0 if that is one: what `exec` and `enter` run in the host's pid namespace. The
+        stub's own session has no number inside, and a guest could send signals to it as its process
+        group.
+
+exec and wait wait for a byte on REPORT_FD before they do anything, if that is a socket: by then our
+interpreter is gone, which takes as long as all else that is left to do. End of file ends them.
 """
 
 import errno

@@ -56,6 +56,13 @@ _IGNORE_BROKEN_PIPES: Final[tuple[Instruction, ...]] = (  # nobody may be left t
     Call("rt_sigaction", (signal.SIGPIPE, Scratch(), 0, _SIGSET_BYTES)),
 )
 
+_AWAIT_WORD: Final[tuple[Instruction, ...]] = (
+    Call("read", (REPORT_FD, Scratch(), 1)),
+    Branch("result", "!=", 0, "go"),
+    Call("exit_group", (1,)),  # nobody is left to give it
+    Label("go"),
+)
+
 _EXEC: Final[tuple[Instruction, ...]] = (
     Call("fcntl", (REPORT_FD, _F_SETFD, _FD_CLOEXEC)),
     Call("execve", (_PATH, _ARGV, Environment())),
@@ -104,8 +111,8 @@ _LEAVE_SESSION: Final[tuple[Instruction, ...]] = (
 )
 
 _PROGRAMS: Final[Mapping[Kind, tuple[Instruction, ...]]] = {
-    "exec": _EXEC,
-    "wait": (*_WAIT_AND_REPORT, *_EXEC),
+    "exec": (*_AWAIT_WORD, *_EXEC),
+    "wait": (*_AWAIT_WORD, *_WAIT_AND_REPORT, *_EXEC),
     "join": (*_WAIT_AND_REPORT, *_LEAVE_SESSION, *_EXEC),
 }
 

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -300,3 +301,35 @@ def test_the_end_of_the_first_child_is_reported_while_others_run() -> None:
     assert os.waitpid(pid, os.WNOHANG) == (0, 0)
     os.waitpid(pid, 0)
     assert time.monotonic() - start > 0.9
+
+
+@pytest.mark.parametrize("kind", ["exec", "wait"])
+def test_nothing_is_executed_before_the_word(kind: stub.Kind, tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+    pid, near = _waiting(kind, f": >{mark}")
+    time.sleep(0.05)
+    assert (mark.exists(), near.send(b"\n")) == (False, 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert mark.exists()
+    near.close()
+
+
+@pytest.mark.parametrize("kind", ["exec", "wait"])
+def test_it_ends_where_nobody_is_left_to_give_the_word(kind: stub.Kind, tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+    pid, near = _waiting(kind, f": >{mark}")
+    near.close()
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 1
+    assert not mark.exists()
+
+
+def _waiting(kind: stub.Kind, line: str) -> tuple[int, socket.socket]:
+    """The stub with a line of a shell to execute, and the other end of its socket."""
+    near, far = socket.socketpair()
+    pid = os.fork()
+    if pid == 0:
+        with suppress(BaseException):
+            stub.execute(kind, "/bin/sh", ("sh", "-c", line), {}, report_fd=far.fileno())
+        os._exit(99)
+    far.close()
+    return pid, near
