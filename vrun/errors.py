@@ -1,6 +1,6 @@
 """Every failure that vrun reports: those of vstore, and what a guest's start can meet beside them.
 
-`commands/vserver.py` gives them the exit codes of the original.
+`commands/plain.py` gives them the exit codes of the original.
 """
 
 from vstore.errors import (

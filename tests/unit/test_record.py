@@ -104,7 +104,7 @@ def test_dataclasses_of_the_standard_library_say_the_same() -> None:
 
 
 def test_a_start_does_not_load_what_takes_long_to_load() -> None:
-    program = "import sys, vrun.monitor, vrun.commands.vserver; print(*sys.modules)"
+    program = "import sys, vrun.monitor, vrun.commands.plain; print(*sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )

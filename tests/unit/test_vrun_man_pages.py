@@ -9,7 +9,7 @@ import pytest
 from tests.fixtures import manpages
 from tests.fixtures.manpages import section, subsection, subsections
 from vrun import enter, names
-from vrun.commands import build, bulkoptions, guestcommands, vserver, vservers
+from vrun.commands import build, bulkoptions, guestcommands, plain, vservers
 from vrun.config_init import STYLES
 
 _PAGES = Path(__file__).parents[2] / "vrun/man"
@@ -27,7 +27,7 @@ _CODES = {
     enter.JoinFailed.exit_code,
     enter.CannotExecute.exit_code,
     enter.CommandNotFound.exit_code,
-    vserver.EXIT_INTERRUPTED,
+    plain.EXIT_INTERRUPTED,
 }
 
 each_page = pytest.mark.parametrize("page", sorted(_PAGES.iterdir()), ids=lambda page: page.stem)
@@ -152,6 +152,6 @@ def test_vservers_explains_every_word_and_option() -> None:
 
 def test_vservers_explains_every_exit_code() -> None:
     text = manpages.plain(_VSERVERS)
-    codes = {0, vservers.EXIT_ALL, vservers.EXIT_SOME, vserver.EXIT_INTERRUPTED}
+    codes = {0, vservers.EXIT_ALL, vservers.EXIT_SOME, plain.EXIT_INTERRUPTED}
     listed = {int(code) for code in re.findall(r"^(\d+)$", section(text, "EXIT STATUS"), re.M)}
     assert listed == codes

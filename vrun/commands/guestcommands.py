@@ -11,7 +11,7 @@ import click
 
 from vrun import lifecycle, names, status
 from vrun.commands.logged import Shown
-from vrun.commands.vserver import HEARER, say, show
+from vrun.commands.plain import HEARER, say, show
 from vrun.errors import ToolError
 from vrun.order import Order, Rescue
 from vrun.state import find_running

@@ -2,7 +2,7 @@
 
 import logging
 
-from vrun.commands.vserver import show
+from vrun.commands.plain import show
 
 
 class Shown(logging.Handler):

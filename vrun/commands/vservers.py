@@ -14,8 +14,8 @@ from contextlib import suppress
 from typing import Any, Final, NoReturn
 
 from vrun import crowd, lifecycle, names, state, status
-from vrun.commands import vserver
-from vrun.commands.vserver import say, show, show_failure
+from vrun.commands import plain
+from vrun.commands.plain import say, show, show_failure
 from vrun.control import Outcome
 from vrun.crowd import Crowd, Result
 from vrun.errors import ToolError, WrongUsage
@@ -50,9 +50,9 @@ class Command:
 def main() -> NoReturn:
     """The console script."""
     gc.disable()  # as for vserver
-    vserver.fill_standard()
+    plain.fill_standard()
     words = sys.argv[1:]
-    code = vserver.run(lambda: _run(words), name=PROGRAM)
+    code = plain.run(lambda: _run(words), name=PROGRAM)
     if sys.stdout is not None:  # closed by the caller
         sys.stdout.flush()
     os._exit(code)  # taking the interpreter apart takes 5 ms
