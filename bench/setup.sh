@@ -13,7 +13,7 @@ venv="python3-venv python3-dev gcc libc6-dev"
 guests="debootstrap debian-archive-keyring zstd e2fsprogs mount util-linux libseccomp2"
 filesystems="xfsprogs btrfs-progs acl attr libcap2-bin"
 contexts="busybox-static iproute2 openssh-client"
-rivals="jdupes rdfind systemd-container bubblewrap runc"
+rivals="jdupes rdfind systemd-container bubblewrap runc lxc"
 machine="qemu-system-x86"
 case $target in
     lint) packages=$venv ;;
