@@ -11,7 +11,7 @@ import errno
 import os
 import struct
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
@@ -115,13 +115,16 @@ _FAMILIES: Final[tuple[tuple[int, tuple[str, ...]], ...]] = (
     (1, ()),  # AF_UNIX
     (2, ()),  # AF_INET
     (10, ()),  # AF_INET6
-    (16, ()),  # AF_NETLINK
     (17, ()),  # AF_PACKET; the kernel asks for CAP_NET_RAW
     (15, ("NET_ADMIN",)),  # AF_KEY, for IPsec
     (24, ("NET_ADMIN",)),  # AF_PPPOX
 )
 """The families of sockets that a guest can make, with the words that open those that not all have;
 linux/socket.h. The code of all others, old and rarely used, is loaded by whoever asks for it."""
+_AF_NETLINK: Final = 16
+_NETLINK: Final = (0, 2, 4, 6, 9, 12, 15, 16)
+"""Of linux/netlink.h: ROUTE, USERSOCK, SOCK_DIAG, XFRM, AUDIT, NETFILTER, KOBJECT_UEVENT, GENERIC.
+By CONNECTOR a guest on the host's network would hear of every process of the host."""
 _NEVER: Final = (38, 40)
 """AF_ALG, the kernel's ciphers, and AF_VSOCK, to the machine's own host: no word opens them."""
 _SOCKET_CALLS: Final = {
@@ -242,6 +245,7 @@ _INSTRUCTION: Final = struct.Struct("=HBBI")
 _LOAD_NUMBER: Final = _INSTRUCTION.pack(0x20, 0, 0, 0)  # ld [offsetof(struct seccomp_data, nr)]
 _LOAD_ARCH: Final = _INSTRUCTION.pack(0x20, 0, 0, 4)
 _LOAD_FAMILY: Final = _INSTRUCTION.pack(0x20, 0, 0, 16)  # the low half of args[0]
+_LOAD_PROTOCOL: Final = _INSTRUCTION.pack(0x20, 0, 0, 32)  # of args[2]
 _RETURN_ERRNO: Final = 0x00050000
 
 
@@ -256,10 +260,10 @@ def _family_check(opened: frozenset[str]) -> bytes:
         check = _LOAD_FAMILY + b"".join(listed)
     else:
         allowed = [number for number, openers in _FAMILIES if not openers or opened & {*openers}]
-        check = _LOAD_FAMILY
-        for index, number in enumerate(allowed):
-            check += _INSTRUCTION.pack(0x15, len(allowed) - index, 0, number)
-        check += refusal
+        netlink = _LOAD_PROTOCOL + _allow_only(_NETLINK) + _return(errno.EPROTONOSUPPORT)
+        check = _allow_only(allowed, more=len(netlink) // _INSTRUCTION.size) + refusal
+        over = len(check) // _INSTRUCTION.size
+        check = _LOAD_FAMILY + _INSTRUCTION.pack(0x15, over, 0, _AF_NETLINK) + check + netlink
     length = len(check) // _INSTRUCTION.size
     code = b""
     for arch, (first, second) in _SOCKET_CALLS.get(os.uname().machine, ()):
@@ -270,6 +274,14 @@ def _family_check(opened: frozenset[str]) -> bytes:
         code += _INSTRUCTION.pack(0x15, 0, length, second)
         code += check
     return code
+
+
+def _allow_only(numbers: Sequence[int], *, more: int = 0) -> bytes:
+    """Jumps over a refusal, and `more` after it, where what was loaded is one of the numbers."""
+    return b"".join(
+        _INSTRUCTION.pack(0x15, len(numbers) - index + more, 0, number)
+        for index, number in enumerate(numbers)
+    )
 
 
 def _prelude(opened: frozenset[str]) -> bytes:

@@ -207,6 +207,17 @@ def test_sockets_of_unknown_families_cannot_be_made() -> None:
     assert raised == [(-1, errno.EAFNOSUPPORT)] * 2
 
 
+def test_netlink_is_for_what_guests_need() -> None:
+    def protocols() -> list[int]:
+        number = number_of("socket")
+        return [kind for kind in range(32) if not call(number, socket.AF_NETLINK, 3, kind)[1]]
+
+    without = in_child(protocols)
+    assert 11 in without, "this kernel has no connector: the test shows little"
+    assert _under(protocols) == [kind for kind in without if kind in {0, 2, 4, 6, 9, 12, 15, 16}]
+    assert _under(protocols, SECURE_CAPS | {"SYS_ADMIN"}) == without
+
+
 @pytest.mark.skipif(_MACHINE != "x86_64", reason="only there are 32-bit programs of x86")
 def test_the_gate_of_32_bit_programs_makes_no_others() -> None:
     assert _under(lambda: _families(gate=call32)) <= _KNOWN
