@@ -30,6 +30,8 @@ _MONITOR: Final = "monitor"
 _DEFAULT: Final = ("cpu", "cpuacct", "memory", "pids")
 """Controllers that every guest has where the machine has them, for limits and figures."""
 _OPTIONAL: Final = ("cpuset", "io", "blkio")
+_MOST: Final = {"cgroup.max.depth": 32, "cgroup.max.descendants": 4096}
+"""What a guest may make below its own: thousands one in the other have paths that no call takes."""
 _OURS: Final = "trusted.vserver"
 """An extended attribute of the groups that we made, and may remove."""
 _POLL_S: Final = 0.002
@@ -248,6 +250,8 @@ def _v1_folders(
 
 def _make_all(group: Group, top: Path, hierarchies: Hierarchies, settings: CgroupSettings) -> None:
     _make(group.path / _GUEST, hierarchies.v2)
+    for name, most in _MOST.items():
+        (group.path / name).write_text(str(most))
     _enable_controllers(group.path, top)
     inherit = tuple(dict.fromkeys((*settings.inherit, "cpuset.cpus", "cpuset.mems")))
     for folder in dict.fromkeys(group.v1.values()):
