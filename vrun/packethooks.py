@@ -47,12 +47,12 @@ _NOT_FOR_THE_KERNEL: Final = 0xFFFFFFFF
 
 _ETH_IPV4: Final = word(b"\x08\x00")
 _ETH_IPV6: Final = word(b"\x86\xdd")
-_IPPROTO_UDPLITE: Final = 136
 _IPPROTO_MPTCP: Final = 262
 _TRANSPORTS: Final = {
     SOCK_STREAM: (IPPROTO_TCP, _IPPROTO_MPTCP),
-    SOCK_DGRAM: (IPPROTO_UDP, IPPROTO_ICMP, IPPROTO_ICMPV6, _IPPROTO_UDPLITE),
+    SOCK_DGRAM: (IPPROTO_UDP, IPPROTO_ICMP, IPPROTO_ICMPV6),
 }
+"""UDP-Lite is none: the kernel runs no hook when such a socket is connected."""
 
 
 def create(rules: Rules) -> Code:

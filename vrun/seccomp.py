@@ -78,6 +78,8 @@ RULES: Final = (
     Rule(("bpf",), errno.EPERM, (*_ADMIN, "BPF")),
     Rule(("perf_event_open",), errno.EPERM, (*_ADMIN, "PERFMON")),
     Rule(("lookup_dcookie",), errno.EPERM, _ADMIN),
+    # what others do with a shared inode; before Linux 5.13 it was for SYS_ADMIN alone
+    Rule(("fanotify_init",), errno.EPERM, _ADMIN),
     Rule(("syslog",), errno.EPERM, ("SYSLOG", "syslog")),
     # keys belong to user ids, and all guests have the same ones
     Rule(("add_key", "request_key", "keyctl"), errno.ENOSYS),

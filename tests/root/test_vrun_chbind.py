@@ -326,6 +326,7 @@ def test_a_socket_that_listens_unbound_hears_only_what_is_for_the_guest(
 
 def test_transports_without_a_hook_are_refused(web: Agent) -> None:
     assert web("make('10.9.0.5', protocol=132)") == "EPROTONOSUPPORT"  # SCTP
+    assert web("make('10.9.0.5', 'udp', protocol=136)") == "EPROTONOSUPPORT"  # UDP-Lite
     assert web("bind('10.9.0.1', protocol=262)") in ("EPERM", "EPROTONOSUPPORT")  # MPTCP
 
 

@@ -43,7 +43,7 @@ _REFUSED = [
     *((name, errno.EPERM) for name in ("move_mount", "fsopen", "fsconfig", "fsmount", "fspick")),
     *((name, errno.EPERM) for name in ("mount_setattr", "open_tree_attr", "quotactl")),
     *((name, errno.EPERM) for name in ("quotactl_fd", "swapon", "acct", "settimeofday")),
-    *((name, errno.EPERM) for name in ("clock_settime",)),
+    *((name, errno.EPERM) for name in ("clock_settime", "fanotify_init")),
     *((name, errno.ENOSYS) for name in ("add_key", "request_key", "keyctl", "userfaultfd")),
     *((name, errno.ENOSYS) for name in ("io_uring_setup", "io_uring_enter")),
     *((name, errno.ENOSYS) for name in ("io_uring_register", "clone3")),
