@@ -17,6 +17,8 @@ _FSTAB = "none /proc proc defaults 0 0\nnone /tmp tmpfs size=64m,mode=1777 0 0\n
 _RECIPES = dict(zip(("twelve", "thirteen", "classic"), guests.BOOTABLE, strict=True))
 _STYLES = {"twelve": "systemd", "thirteen": "plain", "classic": "sysv"}
 _SYSTEMD = ("twelve", "thirteen")
+_NOT_YET = ("", "offline", "initializing", "starting")
+_UP_S = 60
 
 
 @pytest.fixture(scope="module")
@@ -40,10 +42,26 @@ def name(request: pytest.FixtureRequest) -> str:
 
 @pytest.mark.parametrize("name", _SYSTEMD)
 def test_systemd_comes_up_with_every_unit(host: Host, name: str) -> None:
-    state = host.inside(name, "systemctl", "is-system-running", "--wait").strip()
+    state = _state_when_up(host, name)
     failed = host.inside(name, "systemctl", "--failed", "--no-legend", "--plain")
     assert (state, failed) == ("running", "")
-    wait_until(lambda: "login:" in host.console(name))
+    # Its journal gets this line always, its console only where it cannot reach the journal.
+    journal = ("exec", "journalctl", "--output=cat", "_PID=1")
+    wait_until(lambda: "\nStartup finished in " in host.vserver(name, *journal).stdout, _UP_S)
+    wait_until(lambda: "login:" in host.console(name), _UP_S)
+
+
+def _state_when_up(host: Host, name: str) -> str:
+    """What its systemd says of itself once it has done all that it does at the start.
+
+    `is-system-running --wait` does not wait for a systemd that cannot be asked yet.
+    """
+    ask = ("exec", "systemctl", "is-system-running", "--wait")
+    deadline = time.monotonic() + _UP_S
+    state = ""
+    while state in _NOT_YET and time.monotonic() < deadline:
+        state = host.try_vserver(name, *ask, timeout_s=_UP_S).stdout.strip()
+    return state
 
 
 def test_sysvinit_starts_its_daemons(host: Host) -> None:
@@ -108,9 +126,8 @@ def test_no_guest_can_see_or_signal_another(host: Host, name: str) -> None:
 def test_systemctl_reboot_boots_again(host: Host, name: str) -> None:
     pid = host.init_pid(name)
     host.run_inside(name, "systemctl", "reboot")
-    wait_until(lambda: host.state(name).get("init_pid", pid) != pid, 20)
-    ask = ("exec", "systemctl", "is-system-running")
-    wait_until(lambda: host.try_vserver(name, *ask).stdout == "running\n", 20)
+    wait_until(lambda: host.state(name).get("init_pid", pid) != pid, _UP_S)
+    assert _state_when_up(host, name) == "running"
     assert "rebooted from inside" in host.console(name)
 
 
