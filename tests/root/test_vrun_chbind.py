@@ -1,13 +1,9 @@
 """A guest on the host's network stack has its own addresses, and no other's."""
 
-import shutil
-import socket
 import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -77,63 +73,6 @@ def test_two_unmodified_web_servers_share_port_80(lab: Lab, tmp_path: Path, bind
         finally:
             web_server.kill()
             db_server.kill()
-
-
-@pytest.mark.skipif(not shutil.which("sshd", path="/usr/sbin"), reason="no sshd installed")
-def test_two_unmodified_ssh_servers_share_port_22(lab: Lab, tmp_path: Path) -> None:
-    key = tmp_path / "key"
-    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key], check=True)
-    command: list[str | Path] = [
-        "/usr/sbin/sshd",
-        "-D",
-        "-f",
-        "/dev/null",
-        "-h",
-        key,
-        "-o",
-        "PidFile=none",
-    ]
-    with (
-        _privilege_separation(),
-        bound_guest(lab, WEB, "10.9.0.5") as web_group,
-        bound_guest(lab, DB, "10.9.0.7") as db_group,
-        _serve(lab, web_group, *command) as web_server,
-        _serve(lab, db_group, *command) as db_server,
-    ):
-        try:
-            for ip in ("10.9.0.5", "10.9.0.7"):
-                assert _greeting(lab, ip, 22).startswith("SSH-2.0")
-            assert web_server.poll() is None
-            assert db_server.poll() is None
-        finally:
-            web_server.kill()
-            db_server.kill()
-
-
-@contextmanager
-def _privilege_separation() -> Iterator[None]:
-    """The folder that sshd wants to be there."""
-    folder = Path("/run/sshd")
-    was_there = folder.is_dir()
-    folder.mkdir(mode=0o755, exist_ok=True)
-    yield
-    if not was_there:
-        folder.rmdir()
-
-
-def _greeting(lab: Lab, ip: str, port: int) -> str:
-    def work() -> str:
-        deadline = time.monotonic() + 10
-        while True:
-            try:
-                with socket.create_connection((ip, port), timeout=5) as connection:
-                    return connection.recv(100).decode()
-            except ConnectionRefusedError:
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(0.02)
-
-    return str(lab.call(work))
 
 
 def test_a_program_that_asks_for_localhost_finds_a_server_on_all_addresses(
