@@ -9,7 +9,7 @@ PYTEST := $(BIN)/python -m pytest
 .PHONY: help demo test lint bench soak test-vm install-deps clean
 
 help:
-	@echo "make demo          ten real guests, unified: what it saves"
+	@echo "make demo          ten real guests, unified: what it saves; one of them booted"
 	@echo "make test          lint, then every test (root; under 10 minutes)"
 	@echo "make lint          ruff, mypy, lint-imports"
 	@echo "make bench         python -m bench unify, against jdupes, hardlink and rdfind"

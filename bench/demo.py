@@ -1,10 +1,11 @@
-"""What `make demo` shows: ten real guests in an image file, unified by the installed commands.
+"""What `make demo` shows: ten real guests in an image file, unified, and one of them booted.
 
-Everything happens below one private folder, which is taken down however the demo ends; only the
-cache of built guests stays.
+Everything happens below one private folder, by the installed commands. However the demo ends the
+guest is stopped and the folder taken down; only the cache of built guests stays.
 """
 
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -41,6 +42,18 @@ _IMAGE_SIZE: Final = 12 << 30
 _DISK_NEEDED: Final = 7 << 30
 """Ten guests that share nothing, and the archives of two."""
 _VICTIM: Final = "usr/lib/os-release"
+BOOTED: Final = "web2"
+ADDRESS: Final = "198.51.100.2"  # of those for examples, RFC 5737: nobody has it
+SETTINGS: Final = {
+    "context": "40002",
+    "uts/nodename": BOOTED,
+    "apps/init/style": "systemd",
+    "interfaces/0/ip": ADDRESS,
+    "interfaces/0/prefix": "32",
+    "interfaces/0/dev": "lo",
+    "rlimits/nproc": "200",
+}
+_UP_S: Final = 60
 
 
 class DemoFailed(Exception):
@@ -53,7 +66,7 @@ def main() -> int:
     signal.signal(signal.SIGHUP, _interrupt)
     started = monotonic()
     try:
-        with private_folder() as folder, _undisturbed_end():
+        with private_folder() as folder, _stopped_in_the_end(), _undisturbed_end():
             _demonstrate(folder)
     except (DemoFailed, OSError, subprocess.SubprocessError) as error:
         sys.stderr.write(f"demo: {error}\n")
@@ -79,6 +92,17 @@ def _undisturbed_end() -> Iterator[None]:
             signal.signal(number, signal.SIG_IGN)
 
 
+@contextmanager
+def _stopped_in_the_end() -> Iterator[None]:
+    """After the block the guest does not run, whatever cut the demo short."""
+    try:
+        yield
+    finally:
+        rundir = os.environ.get("VSERVER_RUNDIR")
+        if rundir and (Path(rundir) / BOOTED / "resources.json").exists():
+            subprocess.run([_installed("vserver"), BOOTED, "stop"], check=True)
+
+
 def _demonstrate(folder: Path) -> None:
     _check_needs()
     mount = mount_image("ext4", folder, size=_IMAGE_SIZE)
@@ -86,6 +110,7 @@ def _demonstrate(folder: Path) -> None:
     os.environ["VSERVER_CONFDIR"] = os.fspath(site.confdir)
     os.environ["VSERVER_VDIRBASE"] = os.fspath(site.vdirbase)
     os.environ["VSERVER_RUNDIR"] = os.fspath(site.rundir)
+    os.environ["VSERVER_LOGDIR"] = os.fspath(folder / "log")
     empty = free_bytes(mount)
     _make_guests(site)
     before = empty - free_bytes(mount)
@@ -97,6 +122,7 @@ def _demonstrate(folder: Path) -> None:
         f"{after / before:.0%} of what it was."
     )
     _break_one(site)
+    _boot_one(site)
     _run("vpool", "verify")
 
 
@@ -150,12 +176,47 @@ def _break_one(site: Site) -> None:
     _say(f"{_NAMES[0]} has changed its own copy; {_NAMES[1]} has the old content.")
 
 
-def _run(name: str, *arguments: str) -> None:
-    """Run an installed command as a person would, its output shown."""
-    _say(f"\n$ {' '.join((name, *arguments))}")
-    done = subprocess.run([Path(sys.executable).parent / name, *arguments], check=False)
-    if done.returncode:
+def _boot_one(site: Site) -> None:
+    """Start a guest as it is, unified; see it from inside and from outside; stop it."""
+    _say(f"\n{BOOTED} gets settings of its own, and boots with all that it shares:")
+    for key, value in SETTINGS.items():
+        site.configure(BOOTED, key, f"{value}\n")
+        _say(f"  {key:20}{value}")
+    _run("vserver", BOOTED, "start")
+    _wait_until_up()
+    _run("vserver", BOOTED, "status")
+    _run("vserver", BOOTED, "exec", "ps", "-eo", "pid,user,args")
+    _say("\nIts servers asked for every address of the machine, and got its own:")
+    _run("ss", "-Hltn", "src", ADDRESS)
+    _run("vserver", BOOTED, "exec", "curl", "--head", "--silent", f"http://{ADDRESS}/")
+    _run("vserver", BOOTED, "stop")
+    _run("vserver", BOOTED, "status", code=3)
+
+
+def _wait_until_up() -> None:
+    """Until its systemd says that it has started what there is to start, well or not."""
+    ask = (_installed("vserver"), BOOTED, "exec", "systemctl", "is-system-running", "--wait")
+    deadline = monotonic() + _UP_S
+    state = ""
+    while state not in ("running", "degraded"):  # at first nobody answers
+        if monotonic() > deadline:
+            raise DemoFailed(f"{BOOTED} is not up after {_UP_S} s but {state or 'silent'}")
+        done = subprocess.run(ask, capture_output=True, text=True, timeout=_UP_S, check=False)
+        state = done.stdout.strip()
+
+
+def _run(name: str, *arguments: str, code: int = 0) -> None:
+    """Run a command as a person would, its output shown; it must end with `code`."""
+    _say(f"\n$ {shlex.join((name, *arguments))}")
+    done = subprocess.run([_installed(name), *arguments], check=False)
+    if done.returncode != code:
         raise DemoFailed(f"{name} ended with {done.returncode}")
+
+
+def _installed(name: str) -> str:
+    """The command of this checkout; where it has none of that name, the machine's."""
+    ours = Path(sys.executable).parent / name
+    return os.fspath(ours) if ours.exists() else name
 
 
 def _megabytes(size: int) -> str:

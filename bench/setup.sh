@@ -13,15 +13,16 @@ venv="python3-venv python3-dev gcc libc6-dev"
 guests="debootstrap debian-archive-keyring zstd e2fsprogs mount util-linux libseccomp2"
 filesystems="xfsprogs btrfs-progs acl attr libcap2-bin"
 contexts="busybox-static iproute2 openssh-client"
+witnesses="groff-base procps strace"
 rivals="jdupes rdfind systemd-container bubblewrap runc lxc"
 machine="qemu-system-x86"
 case $target in
     lint) packages=$venv ;;
-    demo) packages="$venv $guests" ;;
-    test) packages="$venv $guests $filesystems $contexts" ;;
+    demo) packages="$venv $guests iproute2" ;;
+    test) packages="$venv $guests $filesystems $contexts $witnesses" ;;
     bench) packages="$venv $guests $filesystems $contexts $rivals" ;;
     test-vm) packages="$venv $guests $filesystems $contexts $machine" ;;
-    all) packages="$venv $guests $filesystems $contexts $rivals $machine" ;;
+    all) packages="$venv $guests $filesystems $contexts $witnesses $rivals $machine" ;;
     *) echo "setup: no such target: $target" >&2; exit 2 ;;
 esac
 

@@ -1,0 +1,95 @@
+"""`make demo` shows what it promises, and leaves nothing however it ends."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from bench import demo
+from tests.fixtures.filesystems import mounts_below
+from tests.fixtures.probes import need, scaled
+
+pytestmark = need("root", "loop", "immutable", "lease", "debootstrap")
+
+_TREE: Final = Path(__file__).parents[2]
+_INSIDE: Final = ("\n1 root /sbin/init\n", " root nginx: master process ")
+"""Of what ps(1) shows there."""
+
+
+@pytest.fixture
+def running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> "Iterator[subprocess.Popen[str]]":
+    """The demo at work below `tmp_path`, as a person's terminal has it: a group of its own."""
+    monkeypatch.setenv("VTEST_TMP", os.fspath(tmp_path))
+    command = [sys.executable, "-m", "bench.demo"]
+    with subprocess.Popen(
+        command,
+        cwd=_TREE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        yield process
+        process.kill()
+
+
+def _read_until(process: "subprocess.Popen[str]", words: str) -> list[str]:
+    """The lines up to the first with these words, blanks made one."""
+    assert process.stdout is not None
+    lines = []
+    for line in process.stdout:
+        lines.append(" ".join(line.split()))
+        if words in line:
+            return lines
+    raise AssertionError("\n".join(lines))
+
+
+def _find_leftovers(folder: Path) -> list[str]:
+    found = [os.fspath(path) for path in (*folder.iterdir(), *mounts_below(folder))]
+    number = demo.SETTINGS["context"]
+    found += [os.fspath(path) for path in Path("/sys/fs/cgroup").glob(f"**/vservers*/{number}")]
+    here = f"VSERVER_RUNDIR={folder}".encode()
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if here in (process / "environ").read_bytes():
+                found.append(f"{process}: {(process / 'comm').read_text()}")
+        except OSError:
+            continue
+    for command in (["ip", "-o", "address"], ["losetup", "--list", "--output", "BACK-FILE"]):
+        shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        words = (demo.ADDRESS, os.fspath(folder))
+        found += [line for line in shown.splitlines() if any(word in line for word in words)]
+    return found
+
+
+_WAYS: Final = [("exec curl", signal.SIGINT)]
+_MORE_WAYS: Final = [("start", signal.SIGTERM), ("stop", signal.SIGHUP), ("stop", 0)]
+"""At which word to `vserver` the demo gets which signal; 0 is none."""
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("moment", "number"), [*_WAYS, *scaled(0, 1) * _MORE_WAYS])
+def test_the_demo_boots_a_unified_guest_and_leaves_nothing_however_it_ends(
+    running: "subprocess.Popen[str]", tmp_path: Path, moment: str, number: int
+) -> None:
+    lines = _read_until(running, f"$ vserver {demo.BOOTED} {moment}")
+    os.killpg(running.pid, number)
+    lines += _read_until(running, "everything is cleaned up")
+    assert running.wait(60) == (130 if number else 0)
+    assert _find_leftovers(tmp_path) == []
+    shown = "\n".join(lines)
+    assert "\nunified now 1" in shown  # more than 100,000 files
+    if moment != "start":
+        assert f"Vserver '{demo.BOOTED}' is running" in shown
+        assert all(words in shown for words in _INSIDE)
+        assert re.search(rf"LISTEN .* {demo.ADDRESS}:80 ", shown)
+    if not number:
+        assert "HTTP/1.1 200 OK" in lines
+        assert f"Vserver '{demo.BOOTED}' is stopped; " in shown
+        assert ": all good\n" in shown
