@@ -1,11 +1,12 @@
-"""What the virtual machine boots from: Debian 12 with its kernel and the project, built once.
+"""What the virtual machines boot from: Debian 12 with its kernel and the project, built once.
 
     CACHE/                  as tests/fixtures/guests.py has it, which builds the Debian tree
     └── vm/                 0700
         ├── lock            flock: one build and one machine at a time
-        ├── image-<key>/    kernel and disk.ext4; the project's dependencies are in its /opt/venv
+        ├── image-<key>/    kernel and disk.ext4; the project's dependencies are in its /opt/venv,
+        │                   process 1 is its /sbin/vtest-init or systemd
         ├── build.log       what the programs that made it said
-        └── console.log     the last machine's console
+        └── console-<machine>.log  what the last run of it showed
 
 The key is a hash of everything that goes in: another list of dependencies gives another image. The
 checkout itself is not in it: machine.py hands it over at each run. Programs that mount run in a
@@ -29,30 +30,38 @@ from tests.fixtures.guests import cache_folder as shared_cache_folder
 from vstore.errors import NotPermitted, ToolError
 
 CHECKOUT: Final = Path(__file__).resolve().parents[2]
+_HERE: Final = CHECKOUT / "tests/vm"
 
 _PACKAGES: Final = (
     "acl",
     "attr",
     "btrfs-progs",
+    "busybox-static",
     "e2fsprogs",
     "iproute2",
     "libcap2-bin",
+    "libseccomp2",
     "linux-image-cloud-amd64",
     "procps",
     "python3",
     "python3-pyxattr",  # no wheel of it exists, and the machine has no compiler
     "python3-venv",
+    "systemd-sysv",
     "xfsprogs",
 )
 _RECIPE: Final = Recipe("bookworm", "vm", _PACKAGES, variant="minbase")
 _DISK_SIZE: Final = "16G"  # sparse; the tests' own images lie on it, sparse too
 _PROJECT: Final = "srv/vserver-tools"
+_PLACES: Final = {"init": "sbin/vtest-init", "vtest.service": "etc/systemd/system/vtest.service"}
+"""Files of this folder that are needed before the machine has the checkout."""
 
 _INSTALL: Final = f"""
 python3 -m venv --system-site-packages /opt/venv
 /opt/venv/bin/pip install --no-cache-dir --disable-pip-version-check \\
     --config-settings editable_mode=compat --editable '/{_PROJECT}[dev]'
 rm -rf /boot/initrd.img-* /usr/share/doc /usr/share/locale
+echo vserver-tools >/etc/hostname
+echo 127.0.0.1 localhost vserver-tools >/etc/hosts
 """
 """No initial RAM disk: this kernel has the drivers of NVMe disks and ext4 built in."""
 
@@ -141,8 +150,8 @@ def load_image(cache: Path) -> Image:
 def _key() -> str:
     settings = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())
     installed = [settings["build-system"], settings["project"], settings["tool"]["setuptools"]]
-    init = (CHECKOUT / "tests/vm/init").read_text()
-    what = (_RECIPE.file_name, _INSTALL, _DISK_SIZE, installed, init)
+    ours = [(place, (_HERE / name).read_text()) for name, place in _PLACES.items()]
+    what = (_RECIPE.file_name, _INSTALL, _DISK_SIZE, installed, ours)
     return hashlib.sha256(repr(what).encode()).hexdigest()[:12]
 
 
@@ -154,7 +163,8 @@ def _build(image: Image, cache: Path) -> None:
         _unpack_debian(tree)
         _say("installing what the project depends on: up to a minute")
         copy_checkout(tree / _PROJECT)
-        shutil.copy(CHECKOUT / "tests/vm/init", tree / "sbin/init")
+        for name, place in _PLACES.items():
+            shutil.copy(_HERE / name, tree / place)
         shutil.copy(next(tree.glob("boot/vmlinuz-*")), part.kernel)
         log = cache / "build.log"
         log.unlink(missing_ok=True)

@@ -1,13 +1,20 @@
 """Boot Debian 12's own kernel under qemu with this checkout, and run tests there.
 
-    tests/vm/run [--accel kvm|tcg] [--limit SECONDS] [PYTEST ARGUMENT...]
+    tests/vm/run [--machine MACHINE] [--accel kvm|tcg] [--limit SECONDS] [PYTEST ARGUMENT...]
+
+There are two machines, both with all cgroup controllers in one v2 hierarchy:
+
+    plain       process 1 is a script: tests of the kernel, and of control groups that are all ours
+    systemd     process 1 is systemd, which owns the control groups: tests/vm/systemd
 
 What is no option of ours is given to pytest: `tests/vm/run -k clock`, `tests/vm/run tests/root`.
-With no path tests/vm runs. The exit status is pytest's; without one (a crash, the limit) it is 1.
+Without any both machines run, one after the other, each the tests meant for it; with some the plain
+one does, unless MACHINE is given. The exit status is pytest's, the first that is not 0; without one
+(a crash, the limit) it is 1.
 
-The machine has two disks: the image of image.py (what is written to it is thrown away) and a tar
-archive with the checkout. It has two serial ports: the console, and one on which init reports
-"exit N". It has no network.
+A machine has two disks: the image of image.py (what is written to it is thrown away) and a tar
+archive with the checkout. It has two serial ports: the console, and one on which tests/vm/inside
+reports "exit N". It has no network.
 """
 
 import argparse
@@ -40,20 +47,32 @@ _MEMORY: Final = "2G"
 _KVM_LIMIT_S: Final = 10
 _POLL_S: Final = 0.2
 _PASSED_ON: Final = ("VTEST_REQUIRE", "VTEST_SOAK")
+_MACHINES: Final = {
+    "plain": "init=/sbin/vtest-init",
+    "systemd": "init=/lib/systemd/systemd systemd.unit=vtest.service systemd.show_status=no "
+    "systemd.unified_cgroup_hierarchy=1",
+}
+"""What each is told on its kernel's command line."""
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run the tests; returns the exit status."""
     parser = argparse.ArgumentParser(prog="run", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--machine", choices=tuple(_MACHINES), help="default: see above")
     parser.add_argument("--accel", choices=("kvm", "tcg"), help="default: kvm where it works")
     parser.add_argument("--limit", type=int, default=900, help="seconds; default: %(default)s")
     ours, pytest_arguments = parser.parse_known_args(arguments)
+    machines = [ours.machine or "plain"] if ours.machine or pytest_arguments else list(_MACHINES)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         check_host()
         with _only_one(cache_folder()) as cache:
-            return _run_tests(cache, pytest_arguments, accel=ours.accel, limit_s=ours.limit)
+            codes = [
+                _run_tests(cache, machine, pytest_arguments, accel=ours.accel, limit_s=ours.limit)
+                for machine in machines
+            ]
+            return next(filter(None, codes), 0)
     except ToolError as error:
         hint = f"hint: {error.hint}\n" if error.hint else ""
         sys.stderr.write(f"test-vm: {error}\n{hint}")
@@ -75,30 +94,32 @@ def _only_one(cache: Path) -> Iterator[Path]:
 
 
 def _run_tests(
-    cache: Path, pytest_arguments: Sequence[str], *, accel: str | None, limit_s: int
+    cache: Path, machine: str, pytest_arguments: Sequence[str], *, accel: str | None, limit_s: int
 ) -> int:
     image = load_image(cache)
     with TemporaryDirectory(dir=cache, prefix="work-") as folder:
         work = Path(folder)
         _pack_checkout(work, pytest_arguments)
         chosen = accel or _choose_accelerator(cache, image)
-        sys.stderr.write(f"test-vm: booting ({chosen}); the console goes to {cache}/console.log\n")
-        finished = _boot(image, work, cache / "console.log", accel=chosen, limit_s=limit_s)
+        console = cache / f"console-{machine}.log"
+        sys.stderr.write(f"test-vm: booting {machine} ({chosen}); the console goes to {console}\n")
+        command = _qemu(image, chosen, _MACHINES[machine])
+        finished = _boot(command, work, console, limit_s=limit_s)
         report = (work / "report").read_text(errors="replace")
     found = re.search(r"^exit (\d+)\s*$", report, re.MULTILINE)
     if not found:
         reason = "ended without a result" if finished else f"was not done after {limit_s} s"
-        hint = f"see the end of {cache}/console.log" + ("" if finished else "; --limit gives more")
-        raise ToolError(f"the virtual machine {reason}", hint=hint)
+        hint = f"see the end of {console}" + ("" if finished else "; --limit gives more")
+        raise ToolError(f"the virtual machine {machine} {reason}", hint=hint)
     return int(found[1])
 
 
 def _pack_checkout(work: Path, pytest_arguments: Sequence[str]) -> None:
-    """Write the second disk: the checkout, and the settings that init reads."""
+    """Write the second disk: the checkout, and the settings that tests/vm/inside reads."""
     passed = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
     exports = [f"export {name}={shlex.quote(value)}" for name, value in passed.items()]
     (work / "settings").write_text(
-        "\n".join([*exports, f"set -- {shlex.join(pytest_arguments)}\n"])
+        "\n".join([*exports, f'set -- "$@" {shlex.join(pytest_arguments)}\n'])
     )
     copy_checkout(work / "vserver-tools")
     with tarfile.open(work / "checkout.tar", "w") as tar:
@@ -146,10 +167,10 @@ def _disk(name: str, options: str) -> tuple[str, ...]:
     return ("-drive", drive, "-device", f"nvme,drive={name},serial={name}")
 
 
-def _boot(image: Image, work: Path, console: Path, *, accel: str, limit_s: int) -> bool:
+def _boot(machine: Sequence[str], work: Path, console: Path, *, limit_s: int) -> bool:
     """Run the machine, showing its console, until it turns itself off: False if it did not."""
     command = [
-        *_qemu(image, accel),
+        *machine,
         *_disk("checkout", f"{work}/checkout.tar,readonly=on"),
         *("-serial", f"file:{console}", "-serial", f"file:{work}/report"),
     ]
@@ -157,17 +178,17 @@ def _boot(image: Image, work: Path, console: Path, *, accel: str, limit_s: int) 
     console.write_bytes(b"")
     (work / "report").touch()
     # qemu keeps what the machine writes to its disk in an unlinked file there.
-    machine = subprocess.Popen(command, env=os.environ | {"TMPDIR": os.fspath(work)})
+    qemu = subprocess.Popen(command, env=os.environ | {"TMPDIR": os.fspath(work)})
     try:
         with console.open("rb") as seen:
-            while machine.poll() is None and monotonic() < deadline:
+            while qemu.poll() is None and monotonic() < deadline:
                 _show(seen.read())
                 sleep(_POLL_S)
             _show(seen.read())
-        return machine.poll() is not None
+        return qemu.poll() is not None
     finally:
-        machine.kill()
-        machine.wait()
+        qemu.kill()
+        qemu.wait()
 
 
 def _show(output: bytes) -> None:
