@@ -43,12 +43,14 @@ _DISK_NEEDED: Final = 7 << 30
 """Ten guests that share nothing, and the archives of two."""
 _VICTIM: Final = "usr/lib/os-release"
 BOOTED: Final = "web2"
-ADDRESS: Final = "198.51.100.2"  # of those for examples, RFC 5737: nobody has it
-SETTINGS: Final = {
-    "context": "40002",
+_RUN: Final = os.getpid()
+_ADDRESS: Final = f"198.51.100.{_RUN % 254 + 1}"
+"""One of those for examples, RFC 5737: nobody's; another demo on this machine has another one."""
+_SETTINGS: Final = {
+    "context": f"{40_000 + _RUN % 9_000}",
     "uts/nodename": BOOTED,
     "apps/init/style": "systemd",
-    "interfaces/0/ip": ADDRESS,
+    "interfaces/0/ip": _ADDRESS,
     "interfaces/0/prefix": "32",
     "interfaces/0/dev": "lo",
     "rlimits/nproc": "200",
@@ -179,7 +181,7 @@ def _break_one(site: Site) -> None:
 def _boot_one(site: Site) -> None:
     """Start a guest as it is, unified; see it from inside and from outside; stop it."""
     _say(f"\n{BOOTED} gets settings of its own, and boots with all that it shares:")
-    for key, value in SETTINGS.items():
+    for key, value in _SETTINGS.items():
         site.configure(BOOTED, key, f"{value}\n")
         _say(f"  {key:20}{value}")
     _run("vserver", BOOTED, "start")
@@ -187,8 +189,8 @@ def _boot_one(site: Site) -> None:
     _run("vserver", BOOTED, "status")
     _run("vserver", BOOTED, "exec", "ps", "-eo", "pid,user,args")
     _say("\nIts servers asked for every address of the machine, and got its own:")
-    _run("ss", "-Hltn", "src", ADDRESS)
-    _run("vserver", BOOTED, "exec", "curl", "--head", "--silent", f"http://{ADDRESS}/")
+    _run("ss", "-Hltn", "src", _ADDRESS)
+    _run("vserver", BOOTED, "exec", "curl", "--head", "--silent", f"http://{_ADDRESS}/")
     _run("vserver", BOOTED, "stop")
     _run("vserver", BOOTED, "status", code=3)
 

@@ -50,10 +50,11 @@ def _read_until(process: "subprocess.Popen[str]", words: str) -> list[str]:
     raise AssertionError("\n".join(lines))
 
 
-def _find_leftovers(folder: Path) -> list[str]:
+def _find_leftovers(folder: Path, settings: dict[str, str]) -> list[str]:
+    """What the demo has left of a guest with these settings, and of all below `folder`."""
     found = [os.fspath(path) for path in (*folder.iterdir(), *mounts_below(folder))]
-    number = demo.SETTINGS["context"]
-    found += [os.fspath(path) for path in Path("/sys/fs/cgroup").glob(f"**/vservers*/{number}")]
+    for place in (f"vservers/{settings['context']}", f"*/vservers/{settings['context']}"):
+        found += [os.fspath(path) for path in Path("/sys/fs/cgroup").glob(place)]
     here = f"VSERVER_RUNDIR={folder}".encode()
     for process in Path("/proc").glob("[0-9]*"):
         try:
@@ -63,7 +64,7 @@ def _find_leftovers(folder: Path) -> list[str]:
             continue
     for command in (["ip", "-o", "address"], ["losetup", "--list", "--output", "BACK-FILE"]):
         shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        words = (demo.ADDRESS, os.fspath(folder))
+        words = (f" {settings['interfaces/0/ip']}/", os.fspath(folder))
         found += [line for line in shown.splitlines() if any(word in line for word in words)]
     return found
 
@@ -82,13 +83,14 @@ def test_the_demo_boots_a_unified_guest_and_leaves_nothing_however_it_ends(
     os.killpg(running.pid, number)
     lines += _read_until(running, "everything is cleaned up")
     assert running.wait(60) == (130 if number else 0)
-    assert _find_leftovers(tmp_path) == []
     shown = "\n".join(lines)
+    settings = dict(re.findall(r"^(\S+) (\S+)$", shown, re.M))
+    assert _find_leftovers(tmp_path, settings) == []
     assert "\nunified now 1" in shown  # more than 100,000 files
     if moment != "start":
         assert f"Vserver '{demo.BOOTED}' is running" in shown
         assert all(words in shown for words in _INSIDE)
-        assert re.search(rf"LISTEN .* {demo.ADDRESS}:80 ", shown)
+        assert re.search(rf"LISTEN .* {settings['interfaces/0/ip']}:80 ", shown)
     if not number:
         assert "HTTP/1.1 200 OK" in lines
         assert f"Vserver '{demo.BOOTED}' is stopped; " in shown
