@@ -196,8 +196,21 @@ def load_disk_limits(guest: Keys, *, is_static: bool) -> tuple[DiskLimit, ...]:
         return ()
     found = tuple(filter(None, (_disk_limit(folder / entry, entry) for entry in entries)))
     for limit in found:
-        folder.warn(limit.entry, f"the limit on {limit.directory} is not set; a project quota can")
+        if unlimited := _amounts(limit):
+            folder.warn(
+                limit.entry,
+                f"what the guest stores below {limit.directory} is not limited to {unlimited}; a "
+                "project quota on the host can do that",
+            )
     return found
+
+
+def _amounts(limit: DiskLimit) -> str:
+    """What the limit allows, for a person; empty where it allows everything."""
+    space, inodes = limit.space_total, limit.inodes_total
+    parts = [f"{space >> 10} KiB" if space is not None else ""]
+    parts.append(f"{inodes} files" if inodes is not None else "")
+    return " and ".join(filter(None, parts))
 
 
 def _disk_limit(keys: Keys, entry: str) -> DiskLimit | None:

@@ -274,15 +274,27 @@ def dlimit(**keys: str) -> Keys:
 
 
 @pytest.mark.parametrize(
-    ("keys", "space", "inodes"),
-    [({}, 2_048_000, 100), ({"space_total": "-1", "inodes_total": "-1"}, None, None)],
+    ("keys", "space", "inodes", "amounts"),
+    [
+        ({}, 2_048_000, 100, "2000 KiB and 100 files"),
+        ({"inodes_total": "-1"}, 2_048_000, None, "2000 KiB"),
+        ({"space_total": "-1"}, None, 100, "100 files"),
+        ({"space_total": "-1", "inodes_total": "-1"}, None, None, ""),
+    ],
 )
-def test_a_disk_limit_is_in_kilobytes(
-    etc: Configuration, keys: dict[str, str], space: int | None, inodes: int | None
+def test_a_disk_limit_is_in_kilobytes_and_what_is_not_limited_is_said(
+    etc: Configuration,
+    keys: dict[str, str],
+    space: int | None,
+    inodes: int | None,
+    amounts: str,
 ) -> None:
     spec = etc.spec_of({"context": "1001", **dlimit(**keys)})
     assert spec.disk_limits == (DiskLimit("0", Path("/srv"), space, inodes, 5),)
-    assert warned(etc) == ["dlimits/0"]
+    assert warned(etc) == (["dlimits/0"] if amounts else [])
+    assert all(
+        f"below /srv is not limited to {amounts}; a project quota" in text for text in spec.warnings
+    )
 
 
 @pytest.mark.parametrize(

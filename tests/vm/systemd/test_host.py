@@ -21,8 +21,6 @@ pytestmark = need("systemd_host")
 
 _CGROUPS: Final = Path("/sys/fs/cgroup")
 _MIB: Final = 1 << 20
-_CAN_FILL: Final = "dd if=/dev/zero of=/dev/null count=1 bs={}M"
-"""dd(1) has a buffer of one block."""
 
 
 @pytest.fixture
@@ -159,55 +157,7 @@ def test_systemd_leaves_a_guests_limits_alone(host: Host) -> None:
     assert host.inside("web", "echo", "well") == "well\n"
 
 
-# --- limits, as files have them and as the guest meets them
-
-
-def test_more_processes_than_it_may_have_are_refused(host: Host) -> None:
-    host.add_busybox("web", {**SLEEPER, "rlimits/nproc": "20"})
-    host.vserver("web", "start")
-    group = _group(host, "web")
-    assert (group / "pids.max").read_text() == "20\n"
-    script = "for n in $(seq 40); do sleep 100 & done; wait"
-    said = host.try_vserver("web", "exec", "sh", "-c", f"{script}; true").stderr
-    assert "can't fork" in said
-    assert _refused_forks(group) > 0
-    assert int((group / "pids.current").read_text()) <= 20
-
-
-def test_more_memory_than_it_may_have_ends_the_process(host: Host) -> None:
-    host.add_busybox("web", {**SLEEPER, "rlimits/rss": str(64 * _MIB // 4096)})
-    host.vserver("web", "start")
-    group = _group(host, "web")
-    assert (group / "memory.max").read_text() == f"{64 * _MIB}\n"
-    host.inside("web", *_CAN_FILL.format(32).split())
-    host.vserver("web", "exec", *_CAN_FILL.format(200).split(), code=128 + signal.SIGKILL)
-    assert _value(group / "memory.events", "oom_kill") == 1
-    assert host.inside("web", "echo", "still here") == "still here\n"
-
-
-def test_it_gets_no_more_cpu_time_than_its_share(host: Host) -> None:
-    keys = {"cflags": "sched_hard", "sched/fill-rate": "1", "sched/interval": "10"}
-    host.add_busybox("web", {**SLEEPER, **keys})
-    host.vserver("web", "start")
-    group = _group(host, "web")
-    quota = 100_000 * len(os.sched_getaffinity(0)) // 10
-    assert (group / "cpu.max").read_text() == f"{quota} 100000\n"
-    used, began = _value(group / "cpu.stat", "usage_usec"), time.monotonic()
-    busy = "(while :; do :; done) & (while :; do :; done) & sleep 4; kill %1 %2"
-    host.inside("web", "sh", "-c", busy)
-    share = (_value(group / "cpu.stat", "usage_usec") - used) / (time.monotonic() - began) / 1e6
-    assert share < 1.5 * quota / 100_000
-    assert _value(group / "cpu.stat", "nr_throttled") > 0
-
-
-def test_its_priority_and_processors(host: Host) -> None:
-    keys = {"cflags": "sched_prio", "sched/priority-bias": "5", "cpuset/cpus": "1"}
-    host.add_busybox("web", {**SLEEPER, **keys})
-    host.vserver("web", "start")
-    group = _group(host, "web")
-    assert (group / "cpu.weight.nice").read_text() == "5\n"
-    assert (group / "cpuset.cpus.effective").read_text() == "1\n"
-    assert "\nCpus_allowed_list:\t1\n" in host.inside("web", "cat", "/proc/self/status")
+# --- limits: most are in tests/e2e/test_vserver_limits.py, which runs here too
 
 
 def test_it_writes_no_faster_than_it_may(host: Host) -> None:
@@ -224,15 +174,6 @@ def _disk_below(path: Path) -> str:
     """MAJOR:MINOR of the disk on which `path` is."""
     device = path.stat().st_dev
     return f"{os.major(device)}:{os.minor(device)}"
-
-
-def test_control_files_of_v1_become_those_of_v2(host: Host) -> None:
-    keys = {"cgroup/memory.limit_in_bytes": str(80 * _MIB), "cgroup/cpu.shares": "512"}
-    host.add_busybox("web", {**SLEEPER, **keys})
-    assert host.vserver("web", "start").stderr == ""
-    group = _group(host, "web")
-    assert (group / "memory.max").read_text() == f"{80 * _MIB}\n"
-    assert (group / "cpu.weight").read_text() == "50\n"
 
 
 # --- a guest with systemd
