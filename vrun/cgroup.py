@@ -136,6 +136,15 @@ class Group:
             else:  # other guests may be in it
                 _remove_ours(folder)
 
+    def take_monitor(self) -> None:
+        """On a systemd host: move the calling process to where the guest's first monitor was.
+
+        A monitor that a later command makes would else end with the session that was logged in.
+        """
+        monitor = self.path.parent / _MONITOR
+        if systemd.is_init() and monitor.is_dir():
+            (monitor / "cgroup.procs").write_text("0")
+
     def as_record(self) -> dict[str, Any]:
         """What `from_record` takes, for a JSON file."""
         return {

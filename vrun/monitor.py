@@ -320,7 +320,9 @@ class Monitor:
             raise ToolError(f"guest {name}: has ended just now")
         context = self._new_context(self._load_spec_anyhow())
         context.resources = state.load_resources(name) or state.Resources(running.xid)
-        context.group = Group.load(running.cgroup)
+        made = context.resources.cgroup
+        context.group = Group.from_record(made) if made else Group.load(running.cgroup)
+        context.group.take_monitor()
         context.take_init(running.init_pid)
         context.root_fd = os.open(f"/proc/{running.init_pid}/root", os.O_PATH | os.O_DIRECTORY)
         context.is_ours = False

@@ -106,6 +106,23 @@ def test_its_priority_and_processors(host: Host) -> None:
     assert "\nCpus_allowed_list:\t1\n" in host.inside("web", "cat", "/proc/self/status")
 
 
+def test_groups_with_names_of_their_own_go_even_after_a_monitor_was_killed(host: Host) -> None:
+    name = f"vtest-{os.getpid()}"
+    _start(host, {"cpuset/name": name, "cpuset/cpus": "0", "cgroup/name": name})
+    assert list(_named(name))
+    os.kill(host.monitor_pid("web"), signal.SIGKILL)
+    host.vserver("web", "stop")
+    assert list(_named(name)) == []
+
+
+def _named(name: str) -> Iterator[Path]:
+    hierarchies = find_hierarchies()
+    for mount in {hierarchies.v2, *hierarchies.v1.values()}:
+        for place in (name, f"vservers/{name}"):
+            yield from mount.glob(place)
+        yield from mount.glob(f"vservers.slice/*/{name}")
+
+
 def test_control_files_may_be_named_as_in_either_version(host: Host) -> None:
     keys = {"cgroup/memory.limit_in_bytes": str(80 * _MIB), "cgroup/cpu.weight": "50"}
     assert _start(host, keys) == ""

@@ -15,7 +15,14 @@ from typing import Final
 import pytest
 
 from tests.fixtures.probes import need
-from tests.fixtures.vservers import SLEEPER, Host, host_for_guests, wait_until
+from tests.fixtures.vservers import (
+    SLEEPER,
+    Host,
+    host_for_guests,
+    is_alive,
+    status_of,
+    wait_until,
+)
 
 pytestmark = need("systemd_host")
 
@@ -132,6 +139,20 @@ def test_a_guest_whose_monitor_was_killed_runs_on_and_can_be_stopped(host: Host)
     wait_until(lambda: _is_gone(scope))
     host.vserver("web", "start")
     assert host.inside("web", "echo", "again") == "again\n"
+
+
+def test_a_new_monitor_is_in_the_scope_too(host: Host) -> None:
+    host.add_busybox("web")
+    host.vserver("web", "start")
+    old, pid = host.monitor_pid("web"), host.init_pid("web")
+    os.kill(old, signal.SIGKILL)
+    wait_until(lambda: not is_alive(old))
+    host.vserver("web", "start")  # gives it a new one
+    assert host.init_pid("web") == pid
+    procs = (_group(host, "web").parent / "monitor/cgroup.procs").read_text().split()
+    (new,) = map(int, procs)
+    assert status_of(new)["Name"] == "vserver-monitor"
+    assert _unit(_scope(host, "web"), "ActiveState") == {"ActiveState": "active"}
 
 
 def test_systemctl_stop_stops_the_guest(host: Host) -> None:
