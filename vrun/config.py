@@ -29,7 +29,7 @@ from vrun.config_process import (
 from vrun.config_sharing import load_cgroup, load_cpu, load_cpuset
 from vrun.errors import ConfigInvalid, WrongUsage
 from vrun.fstab import load_mounts
-from vrun.keys import Keys, Line
+from vrun.keys import Keys, Line, key_names
 from vrun.spec import Device, GuestSpec, Network, Sysctl
 from vrun.words import load_words
 from vrun.xids import XIDS
@@ -43,6 +43,16 @@ _OWN_SYSCTLS: Final = (
 )
 """The settings that an ipc or uts namespace has for itself."""
 _NETWORK_SYSCTLS: Final = r"net(/[A-Za-z0-9_@:-][A-Za-z0-9_.@:-]*)+"
+
+_KEYS: Final = key_names(
+    "apps badness bcapabilities cache capabilities ccapabilities cflags cgroup context cpuset "
+    "disabled dlimits domainname flags fstab fstab.local fstab.remote hostname interfaces ionice "
+    "keepfds legacy name namespace namespace-cleanup namespace-cleanup-skip ncapabilities ncontext "
+    "netns nflags nice nocgroup noisy nonamespace nonamespace-cleanup noncontext nonetns "
+    "personality rlimits run run.rev sched schedule scripts shell spaces sysctl tag ulimits umask "
+    "uts vdir"
+)
+_APPS: Final = key_names("init pkgmgmt vdevmap vlogin vshelper vshelper-methods vunify")
 
 _CLEANUP: Final = "nothing of the host is mounted in a guest; name what it needs in fstab"
 _IMPOSSIBLE: Final = {
@@ -83,6 +93,8 @@ def _load_directory(name: str, root: Path, config: Path) -> GuestSpec:
     rlimits, processes = load_rlimits(keys, is_per_context="nproc" in words.flags)
     xid = keys.number("context", least=XIDS[0], most=XIDS[-1])
     _warn_impossible(keys, defaults, name)
+    keys.warn_misspelt(_KEYS)
+    (keys / "apps").warn_misspelt(_APPS)
     return GuestSpec(
         name=name,
         root=root,
@@ -134,6 +146,8 @@ def _warn_impossible(guest: Keys, defaults: Keys, name: str) -> None:
             guest.warn(key, reason)
         elif key in _FOR_ALL_GUESTS and not guest.has(key.removeprefix("no")) and defaults.has(key):
             defaults.warn(key, reason)
+    if (shown := guest.value("name")) not in (None, name):
+        guest.warn("name", f"{shown}: the guest is called {name}, as its folder")
     network_id = guest.value("ncontext")
     if network_id and network_id != guest.value("context"):
         guest.warn("ncontext", "the network has no number of its own; the guest's is shown")

@@ -6,13 +6,17 @@ from ipaddress import IPv4Address, IPv6Address
 from typing import Final, Literal
 
 from vrun.errors import ConfigInvalid
-from vrun.keys import Keys, Line, parse_number
+from vrun.keys import Keys, Line, key_names, parse_number
 from vrun.netvalues import parse_device, parse_ip, parse_label, parse_prefix
 from vrun.spec import Address, Network
 
 _VLAN: Final = r"[^\s/:]+\.([0-9]{1,4})"
 _VLAN_IDS: Final = range(1, 4095)
 _SCOPES: Final = frozenset({"global", "site", "link", "host", "nowhere"})
+_SHARED_KEYS: Final = key_names("bcast lback dev prefix mask scope extip vlandev novlandev gateway")
+_KEYS: Final = _SHARED_KEYS | key_names(
+    "ip name peer nodev only_ip disabled down tun tap nocsum shared uid gid linktype indirect mac"
+)
 _ABANDONED: Final = ("indirect", "mac", "extip")
 _TUN_DETAILS: Final = ("nocsum", "shared", "linktype")
 
@@ -33,6 +37,7 @@ def load_addresses(interfaces: Keys, defaults: Keys, network: Network) -> Iterat
 
     Raises ConfigInvalid with the file.
     """
+    interfaces.warn_misspelt(_SHARED_KEYS | frozenset(interfaces.entries()))
     if interfaces.has("extip"):
         _warn_abandoned(interfaces, "extip")
     if network in ("bound", "free") and interfaces.has("gateway"):
@@ -40,6 +45,7 @@ def load_addresses(interfaces: Keys, defaults: Keys, network: Network) -> Iterat
     seen: dict[IPv4Address | IPv6Address, str] = {}
     for entry in interfaces.entries():
         keys = interfaces / entry
+        keys.warn_misspelt(_KEYS)
         if keys.has("disabled"):
             continue
         address = _Entry(keys, interfaces, defaults, network).read(entry)
@@ -114,7 +120,11 @@ class _Entry:
     def _prefix(self, ip: IPv4Address | IPv6Address, own: int | None) -> int:
         if own is not None:
             return own
-        line = self._inherited("prefix") or self._keys.scalar("mask")
+        line = self._inherited("prefix")
+        mask = self._keys.scalar("mask")
+        if line and mask:
+            self._keys.warn("mask", f"is not read, since there is {line.where.rpartition(':')[0]}")
+        line = line or mask
         if line is None and ip.version == 4:
             line = self._all.scalar("mask")
         return parse_prefix(line, ip) if line else ip.max_prefixlen

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Final, cast
 
 from vrun.errors import ConfigInvalid
-from vrun.keys import Keys, Line, first_of, parse_number
+from vrun.keys import Keys, Line, first_of, key_names, parse_number
 from vrun.netvalues import parse_guest
 from vrun.spec import ENVIRONMENT, MTAB, Helper, InitSpec, Scripts, Style
 
@@ -18,6 +18,10 @@ _OTHER_STYLES: Final = {
     "arch": "rc.multi is not offered; use systemd, or plain with apps/init/cmd.start",
     "rescue": "rescue is chosen for one start: `vserver NAME start --rescue`",
 }
+_KEYS: Final = key_names(
+    "style runlevel runlevel.start runlevel.stop cmd.start cmd.stop cmd.start-sync cmd.stop-sync "
+    "cmd.prepare sync killseq mtab tty mark depends environment"
+)
 _REAL_INITS: Final = frozenset({"plain", "systemd"})
 _EVENTS: Final = (
     "restart",
@@ -51,6 +55,7 @@ def load_init(guest: Keys, defaults: Keys, *, is_fake_init: bool) -> InitSpec:
     """
     init = guest / "apps" / "init"
     common = defaults / "apps" / "init"
+    init.warn_misspelt(_KEYS)
     style = _style(init)
     command = init.arguments("cmd.start")
     if is_fake_init and command is None and style not in _REAL_INITS:

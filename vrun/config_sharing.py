@@ -29,6 +29,8 @@ def load_cpu(guest: Keys, flags: frozenset[str]) -> CpuLimit:
     folder = guest / "sched"
     if folder.exists:
         values = _sched_values(folder)
+        if guest.has("schedule"):
+            guest.warn("schedule", "is obsolete and not read, since there is sched/")
     elif guest.has("schedule"):
         values = _schedule_values(guest)
     else:

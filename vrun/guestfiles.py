@@ -102,7 +102,7 @@ def _write(folder: Path, files: dict[str, str], links: dict[str, Path]) -> None:
     for name, text in files.items():
         path = folder / name
         path.parent.mkdir(mode=0o755, exist_ok=True)
-        path.write_text(text)
+        path.write_bytes(os.fsencode(text))  # bytes that are no text stay what they are
     for name, target in links.items():
         (folder / name).symlink_to(target)
 
@@ -196,8 +196,10 @@ def _network_files(new: NewGuest, notices: list[str]) -> Iterator[tuple[str, str
     if new.net_broadcast:
         yield "interfaces/bcast", f"{parse_ip(Line('--netbcast', new.net_broadcast))}\n"
     for number, text in enumerate(new.interfaces):
-        interface = parse_interface(text)
+        interface = parse_interface(text, new.net_device)
         for key, value in interface.files():
+            if key == "mask" and new.net_prefix:  # which would count instead of it
+                key, value = "prefix", _prefix_of_mask(value)
             yield f"interfaces/{number}/{key}", f"{value}\n"
         if interface.is_bound_only or not (interface.device or new.net_device):
             yield f"interfaces/{number}/nodev", ""
@@ -206,6 +208,10 @@ def _network_files(new: NewGuest, notices: list[str]) -> Iterator[tuple[str, str
                     f"--interface {text}: names no device and there is no --netdev; "
                     "the address has to exist already (nodev)"
                 )
+
+
+def _prefix_of_mask(mask: str) -> str:
+    return f"{parse_prefix(Line('--interface', mask), parse_ip(Line('', '127.0.0.1')))}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,9 +239,10 @@ class Interface:
                 yield key, value
 
 
-def parse_interface(text: str) -> Interface:
+def parse_interface(text: str, net_device: str | None = None) -> Interface:
     """`[NAME=][DEVICE:]IP[/MASK or /LENGTH]`; a whole IPv6 address needs no device before it.
 
+    `net_device` is the one of all that name none, for a name that is too long with it.
     Raises ConfigInvalid naming the option.
     """
     where = f"--interface {text}"
@@ -250,8 +257,8 @@ def parse_interface(text: str) -> Interface:
     if slash:
         parse_prefix(Line(where, network), ip)
     on = parse_device(Line(where, device)) if device and device != "nodev" else None
-    if name and on:
-        parse_label(Line(where, name), on)
+    if name:
+        parse_label(Line(where, name), on or net_device or "")
     is_length = network.isdigit()
     return Interface(
         ip=f"{ip}",

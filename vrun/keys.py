@@ -24,6 +24,8 @@ from vstore.record import dataclass
 
 _MOST_BYTES: Final = 1 << 20
 """No configuration is longer; a symlink to a device could be without end."""
+_NEARLY: Final = 0.8
+"""How much alike two names are of which one may be meant for the other; 1 is the same."""
 _NUMBER: Final = r"[-+]?(0[xX][0-9a-fA-F]+|0[0-7]*|[1-9][0-9]*)"
 
 
@@ -71,6 +73,19 @@ class Keys:
 
     def warn(self, key: str, message: str) -> None:
         self.warnings.append(f"{self.path / key}: {message}")
+
+    def warn_misspelt(self, known: frozenset[str]) -> None:
+        """Warn of names that are none of `known` and nearly one: they would say nothing.
+
+        What is nothing like a key, a note of the administrator's, does no harm.
+        """
+        for name in sorted(self._names - known):
+            if LEFTOVER.search(name):
+                continue
+            from difflib import get_close_matches  # few guests have such a file
+
+            if near := get_close_matches(name, known, 1, _NEARLY):
+                self.warn(name, f"is no key and not read; is {near[0]} meant?")
 
     def entries(self) -> list[str]:
         """The names of its folders, in the order that counts; none that is a leftover."""
@@ -149,6 +164,11 @@ class Keys:
             if not equals or not name or name != name.strip():
                 raise ConfigInvalid(f"{line.where}: {line.text!r} is not of the form NAME=value")
             yield name, value
+
+
+def key_names(text: str) -> frozenset[str]:
+    """The names of keys in a text, separated by blanks."""
+    return frozenset(text.split())
 
 
 def first_of(key: str, *folders: Keys) -> Keys | None:

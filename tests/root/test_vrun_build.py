@@ -76,7 +76,7 @@ def test_the_configuration_has_what_the_options_say_and_no_more(site: Site) -> N
         "interfaces/1/ip": "10.1.0.5",
         "interfaces/1/dev": "eth1",
         "interfaces/1/name": "up",
-        "interfaces/1/mask": "255.255.0.0",
+        "interfaces/1/prefix": "16",
         "interfaces/2/ip": "10.2.0.5",
         "interfaces/2/nodev": "",
         "cflags": "virt_mem\nlock",
@@ -404,6 +404,14 @@ def test_numbers_of_other_guests_are_refused(site: Site) -> None:
     build("db", "-m", "skeleton")
     assert _config(site, "db")["context"] == "78\n"
     assert left(site) == {f"{top}/{name}" for top in ("conf", "guests") for name in ("web", "db")}
+
+
+@on("ext4")
+def test_options_that_do_not_go_together_are_refused_at_once(site: Site) -> None:
+    words = ["--interface", "nodev:10.0.0.5", "--interface", "nodev:10.0.0.5/24"]
+    message = refused("web", "-m", "skeleton", *words)
+    assert message == f"{site.confdir}/web/interfaces/1/ip: entry 0 has 10.0.0.5 already"
+    assert left(site) == set()
 
 
 # --- failures

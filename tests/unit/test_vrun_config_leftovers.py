@@ -60,6 +60,57 @@ def test_what_editors_and_packages_leave_behind_is_passed_over(etc: Configuratio
     assert spec.warnings == ()
 
 
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("bcapabilites", "bcapabilities"),
+        ("ccapability", "ccapabilities"),
+        ("interface/0/ip", "interfaces"),
+        ("ulimit/nofile", "ulimits"),
+        ("apps/inits/style", "init"),
+        ("apps/init/cmd-start", "cmd.start"),
+        ("interfaces/prefx", "prefix"),
+        ("interfaces/0/no_dev", "nodev"),
+    ],
+)
+def test_a_key_that_is_misspelt_is_named(etc: Configuration, key: str, meant: str) -> None:
+    keys = {"interfaces/0/ip": "10.0.0.5", "interfaces/0/dev": "eth0", key: "x"}
+    warnings = etc.spec_of(keys).warnings
+    assert len(warnings) == 1
+    path = etc.confdir / "web" / key
+    named = path if meant not in ("interfaces", "ulimits", "init") else path.parent
+    named = named.parent if meant == "interfaces" else named
+    assert warnings[0] == f"{named}: is no key and not read; is {meant} meant?"
+
+
+@pytest.mark.parametrize("key", ["README", "apps/own-tool/setting", "interfaces/0/comment", "x"])
+def test_notes_beside_the_keys_do_no_harm(etc: Configuration, key: str) -> None:
+    keys = {"interfaces/0/ip": "10.0.0.5", "interfaces/0/dev": "eth0", key: "of 2009"}
+    assert etc.spec_of(keys).warnings == ()
+
+
+def test_of_two_places_for_one_thing_the_one_that_is_not_read_is_named(etc: Configuration) -> None:
+    spec = etc.spec_of(
+        {
+            "name": "www",
+            "schedule": "1\n2\n3\n4\n5\n6",
+            "sched/fill-rate": "1",
+            "cflags": "sched_hard",
+            "interfaces/prefix": "24",
+            "interfaces/0/ip": "10.0.0.5",
+            "interfaces/0/nodev": True,
+            "interfaces/0/mask": "255.255.0.0",
+        }
+    )
+    folder = etc.confdir / "web"
+    assert spec.addresses[0].prefix == 24
+    assert set(spec.warnings) == {
+        f"{folder}/interfaces/0/mask: is not read, since there is {folder}/interfaces/prefix",
+        f"{folder}/schedule: is obsolete and not read, since there is sched/",
+        f"{folder}/name: www: the guest is called web, as its folder",
+    }
+
+
 def test_a_key_that_points_nowhere_counts_as_missing_and_is_named(etc: Configuration) -> None:
     keys = ("context", "noncontext", "cflags", "apps/init/cmd.start")
     spec = etc.spec_of({key: Path("/nowhere") for key in keys})

@@ -5,9 +5,14 @@ import resource
 import signal
 import subprocess
 import sys
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.fixtures.guestconfig import Configuration, configure, write_keys
 from vrun import xids
@@ -102,7 +107,7 @@ def test_every_option_is_written_and_read_again(etc: Configuration, root: Path) 
         "interfaces/0/prefix": "24\n",
         "interfaces/1/ip": "10.0.0.6\n",
         "interfaces/2/ip": "10.0.0.7\n",
-        "interfaces/2/mask": "255.255.255.0\n",
+        "interfaces/2/prefix": "24\n",
         "interfaces/2/nodev": "",
         "cflags": "lock\nnproc\nvirt_mem\n",
         "apps/init/style": "systemd\n",
@@ -120,6 +125,58 @@ def test_every_option_is_written_and_read_again(etc: Configuration, root: Path) 
         ("10.0.0.7", None),
     ]
     assert spec.init.style == "systemd"
+
+
+_VALUES = st.one_of(
+    st.text(max_size=12),
+    st.text("aweb0179.:/-+=~,'\"\\$`\n\t\x1b\udcff", max_size=12),
+    st.sampled_from(["web", "10.0.0.5/24", "eth0", "24", "0-3:1", "lock,nproc", "a=b:10.0.0.5"]),
+)
+_OPTIONS = (
+    *("hostname", "net_device", "net_mask", "net_prefix", "net_broadcast", "init_style"),
+    *("cpuset", "cpuset_cpus", "cpuset_mems"),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    given_=st.dictionaries(st.sampled_from(_OPTIONS), _VALUES, max_size=3),
+    interfaces=st.lists(_VALUES, max_size=2, unique=True),
+    flags=st.lists(_VALUES, max_size=1),
+)
+def test_whatever_an_option_holds_it_becomes_one_value_or_is_refused(
+    given_: dict[str, str], interfaces: list[str], flags: list[str]
+) -> None:
+    with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as monkeypatch:
+        etc = configure(Path(folder), monkeypatch)
+        (etc.vdirbase / "web").mkdir()
+        new = NewGuest(name="web", root=etc.vdirbase / "web", interfaces=tuple(interfaces))
+        try:
+            write_guest(replace(new, flags=tuple(flags), **given_))  # type: ignore[arg-type]
+        except WrongUsage:
+            assert list(etc.confdir.iterdir()) == []
+            return
+        for path, text in content(etc.confdir / "web").items():
+            is_list = path in ("fstab", "cflags") or not text
+            assert is_list or (text.strip() == text.removesuffix("\n") and "\n" not in text[:-1])
+        with suppress(ConfigInvalid):  # two of them do not go together
+            etc.spec()
+
+
+def test_bytes_of_the_common_fstab_that_are_no_text_stay(etc: Configuration, root: Path) -> None:
+    text = b"# f\xfcr alle\nnone /proc proc defaults 0 0\n"
+    etc.set_defaults({"fstab": text})
+    write_guest(NewGuest(name="web", root=root))
+    assert (etc.confdir / "web/fstab").read_bytes() == text
+
+
+@pytest.mark.parametrize("name", ["two\nlines", "two words", "x" * 15])
+def test_the_name_of_an_address_is_one_word_whatever_its_device(
+    etc: Configuration, root: Path, name: str
+) -> None:
+    for text, device in ((f"{name}=10.0.0.5", "eth0"), (f"{name}=nodev:10.0.0.5", None)):
+        with pytest.raises(WrongUsage, match="--interface"):
+            write_guest(NewGuest(name="web", root=root, interfaces=(text,), net_device=device))
 
 
 def test_an_address_without_a_device_is_only_bound_and_that_is_said(

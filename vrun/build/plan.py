@@ -21,7 +21,8 @@ from vrun.build.distribution import Distribution, first_line
 from vrun.build.inside import GuestTree
 from vrun.build.method import Method, Place
 from vrun.build.options import BuildOptions
-from vrun.errors import NoSpace, ToolError, WrongUsage
+from vrun.config import load_spec
+from vrun.errors import ConfigInvalid, NoSpace, ToolError, WrongUsage
 from vrun.guestfiles import write_guest
 from vrun.removal import Kept, find_pool, remove_folder, remove_tree
 from vrun.state import find_by_xid
@@ -29,7 +30,7 @@ from vrun.unfinished import NOT_CONTENT
 from vrun.xids import allocate_xid, check_xid, hold_numbers
 from vstore import syscalls
 from vstore.errors import PoolBusy
-from vstore.guest import confdir, hold_lock, list_guests, load_state, parse_name
+from vstore.guest import Guest, confdir, hold_lock, list_guests, load_state, parse_name
 from vstore.progress import SILENT, Progress
 from vstore.render import show_name
 
@@ -185,6 +186,16 @@ def _write_configuration(run: _Build) -> None:
     _make_folders(run, run.options.config.parent, 0o755)
     run.undo.callback(_forget, run.place)
     run.notices = write_guest(replace(guest, xid=run.xid, config=run.place.config))
+    _check_configuration(run)
+
+
+def _check_configuration(run: _Build) -> None:
+    """Refuse options that only together cannot be meant: a start would say so, and too late."""
+    try:
+        load_spec(Guest(run.place.name, run.place.root, run.place.config))
+    except ConfigInvalid as error:
+        place, later = os.fspath(run.place.config), os.fspath(run.options.config)
+        raise WrongUsage(error.message.replace(place, later), hint=error.hint) from error
 
 
 def _make_root(run: _Build) -> None:
