@@ -29,6 +29,8 @@ _FOLDERS: Final = (
     ("tmp", 0o1777),
     ("etc", 0o755),
 )
+_MOUNTED_ON: Final = frozenset({"dev", "proc", "sys"})
+"""Folders without which no guest starts: what else has such a name ends the build."""
 _FILES: Final = (
     "hosts",
     "nsswitch.conf",
@@ -55,7 +57,7 @@ def complete(tree: GuestTree, distribution: Distribution) -> None:
     Raises ToolError, OSError.
     """
     for path, mode in _FOLDERS:
-        if not tree.has(path):
+        if path in _MOUNTED_ON or not tree.has(path):
             tree.make_folder(path, mode)
     for device in distribution.devices():
         if not tree.has(f"dev/{device.name}"):

@@ -55,10 +55,11 @@ class GuestTree:
             if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
                 return None
             raise
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode) or status.st_size > _MOST_BYTES:
+            os.close(fd)
+            return None
         with os.fdopen(fd, "rb") as file:
-            status = os.fstat(fd)
-            if not stat.S_ISREG(status.st_mode) or status.st_size > _MOST_BYTES:
-                return None
             return file.read(_MOST_BYTES)
 
     def has(self, path: str) -> bool:
@@ -152,6 +153,11 @@ class GuestTree:
                 make(folder_fd, spare)
                 self._make_private(folder_fd, name)
                 os.rename(spare, name, src_dir_fd=folder_fd, dst_dir_fd=folder_fd)
+            except IsADirectoryError as error:
+                raise ToolError(
+                    f"{self.root}/{path}: is a folder in the place of a file",
+                    hint="every guest gets this file; take the folder away",
+                ) from error
             finally:
                 with suppress(FileNotFoundError):
                     os.unlink(spare, dir_fd=folder_fd)
