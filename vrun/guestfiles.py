@@ -70,6 +70,10 @@ class NewGuest:
     run_link: Path | None = None
     """Where the link `run` leads; None: RUNDIR/NAME."""
 
+    def addresses(self) -> list[str]:
+        """The addresses of `interfaces`, in their order. Raises ConfigInvalid."""
+        return [parse_interface(text).ip for text in self.interfaces]
+
 
 def write_guest(new: NewGuest) -> tuple[str, ...]:
     """Make the configuration folder; the notices that come back are for the person who asked.

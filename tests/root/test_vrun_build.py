@@ -1,7 +1,6 @@
 """Builds with real inodes: what the methods make, and what none of them leaves behind."""
 
 import os
-import shlex
 import signal
 import stat
 import subprocess
@@ -14,7 +13,6 @@ from tests.conftest import Tool
 from tests.fixtures.builds import (
     COMMON,
     INITTAB,
-    KEY_KINDS,
     OWN,
     QUIET_INITTAB,
     added,
@@ -29,7 +27,7 @@ from tests.fixtures.probes import need, on
 from tests.fixtures.running import IDLE, running
 from tests.fixtures.runs import find_faults, inode_of, list_objects, unify
 from tests.fixtures.tarballs import entry, pack
-from tests.fixtures.trees import File, Folder, Row, Special, Symlink, grow, snapshot
+from tests.fixtures.trees import File, Folder, Row, Special, grow, snapshot
 from vstore.errors import PoolBusy
 
 pytestmark = [need("immutable", "lease", "acl")]
@@ -113,7 +111,7 @@ def test_files_that_the_administrator_laid_down_fill_gaps_only(site: Site) -> No
     source = grow(site.filesystem.folder / "source", [File("etc/nsswitch.conf", b"theirs")])
     build("web", "-m", "rsync", "--", "-s", source, "-d", "mine")
     etc = site.root("web") / "etc"
-    assert (etc / "hosts").read_text() == "127.0.0.1 ours\n"
+    assert (etc / "hosts").read_text() == "127.0.0.1 ours\n127.0.0.1\tweb\n"
     assert (etc / "nsswitch.conf").read_text() == "theirs"
     assert [path.name for path in (site.root("web") / "dev").iterdir()] == ["zero"]
 
@@ -139,53 +137,6 @@ def test_programs_of_a_distribution_run_before_and_after(site: Site) -> None:
     said = (site.confdir / "web/said").read_text().split()
     assert said[0] == "pre"
     assert "hostname" in said
-
-
-@on("ext4")
-def test_the_init_style_is_found_out_from_the_tree(site: Site) -> None:
-    trees: dict[str, list[Row]] = {
-        "systemd": [File("usr/lib/systemd/systemd"), Symlink("sbin/init", "/lib/systemd/systemd")],
-        "plain": [File("sbin/init", b"ELF")],
-        "sysv": [File("sbin/init", b"ELF"), File("etc/init.d/rc")],
-        "": [Folder("sbin")],
-    }
-    for number, (style, rows) in enumerate(trees.items()):
-        source = grow(site.filesystem.folder / f"source{number}", rows)
-        build(f"guest{number}", "-m", "rsync", "--", "-s", source)
-        assert _config(site, f"guest{number}").get("apps/init/style", "").strip() == style
-
-
-@on("ext4")
-def test_the_init_style_may_come_with_what_a_program_installs(site: Site) -> None:
-    install = "mkdir sbin && touch sbin/init"
-    build("web", "-m", "skeleton", "--", "sh", "-c", install)
-    assert _config(site, "web")["apps/init/style"] == "plain\n"
-    choose = f"{install} && echo openrc >$VSERVER_CONFIG/apps/init/style"
-    build("db", "-m", "skeleton", "--", "sh", "-c", choose)
-    assert _config(site, "db")["apps/init/style"] == "openrc\n"
-
-
-@on("ext4")
-@pytest.mark.parametrize(
-    ("words", "missing"),
-    [
-        ("", "/etc/init.d/rc, which the init style sysv runs"),
-        ("--initstyle plain", "/sbin/init, which the init style plain runs"),
-        ("--initstyle openrc", "/sbin/openrc, which the init style openrc runs"),
-        ("-- ln -s /nowhere init", "/etc/init.d/rc, which the init style sysv runs"),
-        ("-- ln -s ../etc/hosts sbin/init", ""),
-        ("-- sh -c 'echo /bin/true >$VSERVER_CONFIG/apps/init/cmd.start'", ""),
-    ],
-)
-def test_a_tree_without_an_init_is_told_of(
-    site: Site, capsys: pytest.CaptureFixture[str], words: str, missing: str
-) -> None:
-    site.configure(".distributions", "mine/initpre", "#!/bin/sh\nmkdir $1/vdir/sbin\n")
-    (site.confdir / ".distributions/mine/initpre").chmod(0o755)
-    shared, _, command = words.partition("-- ")
-    build("web", "-m", "skeleton", *shlex.split(shared), "--", "-d", "mine", *shlex.split(command))
-    said = capsys.readouterr().err
-    assert f"{site.root('web')}: has no {missing}" in said if missing else "has no" not in said
 
 
 # --- clone
@@ -223,21 +174,6 @@ def test_a_clone_shares_what_is_unified_and_has_an_identity_of_its_own(
     assert snapshot(site.root("other")).keys() == others.keys()
     assert find_faults(site.pool) == []
     assert tool("vpool", "verify").returncode == 0
-
-
-@on("ext4")
-def test_keys_of_ssh_are_made_anew(site: Site, tool: Tool) -> None:
-    _unified(site, tool)
-    for name in ("web", "db"):
-        build(name, "-m", "clone", "--", "-s", "source")
-    seen = set()
-    for root in (site.root("web"), site.root("db")):
-        for kind in KEY_KINDS:
-            key = root / f"etc/ssh/ssh_host_{kind}_key"
-            assert stat.S_IMODE(key.stat().st_mode) == 0o600
-            shown = subprocess.run(["ssh-keygen", "-lf", key], capture_output=True, check=True)
-            seen.add(shown.stdout.split()[1])
-    assert len(seen) == 2 * len(KEY_KINDS)
 
 
 @on("ext4")

@@ -89,13 +89,15 @@ def _lay_down(tree: GuestTree, name: str, distribution: Distribution) -> None:
         tree.put(f"etc/{name}", source.read_bytes())
 
 
-def make_own(tree: GuestTree, hostname: str, *, is_fresh: bool) -> None:
-    """Give the tree the guest's name, and an identity that no other machine has.
+def make_own(tree: GuestTree, hostname: str, *, address: str, is_fresh: bool) -> None:
+    """Give the tree the guest's name, which it finds at `address`, and an identity that no other
+    machine has.
 
     `is_fresh` says that nobody was there before: it was installed, not copied. Keys of ssh are made
     of the kinds that there were, of all where a server has none. Raises ToolError, OSError.
     """
     tree.put("etc/hostname", f"{hostname}\n".encode())
+    _make_name_known(tree, hostname, address)
     _quiet_terminals(tree)
     if is_fresh:
         return
@@ -124,6 +126,18 @@ def find_missing_init(tree: GuestTree, style: str) -> str | None:
     wanted = {"sysv": _RC, "openrc": ("sbin/openrc", "lib/rc/sh/init-vserver.sh")}
     paths = wanted.get(style, ("sbin/init",))
     return None if any(tree.leads_to_file(path) for path in paths) else f"/{paths[0]}"
+
+
+def _make_name_known(tree: GuestTree, hostname: str, address: str) -> None:
+    """See that the guest can resolve its own name: sudo(8) and mail servers ask for it."""
+    text = tree.load("etc/hosts") or b""
+    rows = [row.partition(b"#")[0].split() for row in text.splitlines()]
+    if any(hostname.encode() in row[1:] for row in rows):
+        return
+    names = dict.fromkeys((hostname, hostname.partition(".")[0]))
+    row = f"{address}\t{' '.join(names)}\n".encode()
+    end = b"" if text.endswith(b"\n") or not text else b"\n"
+    tree.put("etc/hosts", text + end + row)
 
 
 def _quiet_terminals(tree: GuestTree) -> None:

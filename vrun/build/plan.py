@@ -233,7 +233,12 @@ def _complete(run: _Build) -> None:
     guest, root = run.options.guest, run.place.root
     with GuestTree(root, find_pool(root)) as tree:
         completion.complete(tree, run.place.distribution)
-        completion.make_own(tree, guest.hostname or guest.name, is_fresh=run.method.is_fresh)
+        completion.make_own(
+            tree,
+            guest.hostname or guest.name,
+            address=guest.addresses()[0] if guest.interfaces else "127.0.0.1",
+            is_fresh=run.method.is_fresh,
+        )
         _choose_style(run, tree)
 
 
