@@ -86,6 +86,8 @@ def configure_own(
             own.set_up(link.guest)
         for address in addresses:
             if address.device is not None:
+                if address.vlan or address.tuntap:
+                    own.make_device_of(address)
                 own.add_address(address)
         for address in addresses:
             if address.gateway is not None:
@@ -138,6 +140,20 @@ class _Namespace:
     def add_device(self, device: str, kind: str, **options: Any) -> None:
         with _saying(f"cannot make the {kind} device {device}"):
             self._netlink.link("add", ifname=device, kind=kind, **options)
+
+    def make_device_of(self, address: Address) -> None:
+        """Make the VLAN, tun or tap device of the address; one that is there stays."""
+        device = address.device or ""
+        if self.find_device(device) is not None:
+            return
+        if address.vlan:
+            parent, _, number = device.rpartition(".")
+            lower = self.index_of(parent, _where(address))
+            self.add_device(device, "vlan", link=lower, vlan_id=int(number))
+        else:
+            owner = {"uid": address.tuntap_uid, "gid": address.tuntap_gid}
+            given = {key: value for key, value in owner.items() if value is not None}
+            self.add_device(device, "tuntap", mode=address.tuntap, **given)
 
     def add_to_bridge(self, device: str, bridge: str, where: str) -> None:
         master = self.index_of(bridge, where)
@@ -319,16 +335,7 @@ def _make_device(host: _Namespace, claims: Claims, name: str, address: Address) 
     device = address.device or ""
     exists = host.find_device(device) is not None
     claims.add(Thing("device", device), name, exists=exists)
-    if exists:
-        return
-    if address.vlan:
-        parent, _, number = device.rpartition(".")
-        lower = host.index_of(parent, _where(address))
-        host.add_device(device, "vlan", link=lower, vlan_id=int(number))
-    else:
-        owner = {"uid": address.tuntap_uid, "gid": address.tuntap_gid}
-        given = {key: value for key, value in owner.items() if value is not None}
-        host.add_device(device, "tuntap", mode=address.tuntap, **given)
+    host.make_device_of(address)
 
 
 def _make_link(

@@ -298,6 +298,20 @@ def test_a_macvlan_on_a_device_of_the_host(lab: Lab, inner: Lab) -> None:
     _take_down(lab, "web")
 
 
+def test_a_guest_with_its_own_network_gets_its_devices_there(lab: Lab, inner: Lab) -> None:
+    before = lab.devices()
+    addresses = [_address("10.42.0.5/24", "tap7", tuntap="tap", tuntap_uid=4321)]
+    if _has_vlans(lab):
+        addresses.append(_address("10.43.0.5/24", "geth0.7", vlan=True))
+    _configure(lab, inner, [Link(entry="0", host="vweb", guest="geth0")], *addresses)
+    assert "tap7" in inner.devices()
+    assert "user 4321" in inner.run("ip", "-d", "link", "show", "tap7")
+    for address in addresses:
+        assert inner.addresses(address.device or "") == [f"{address.ip}/24"]
+    _take_down(lab, "web")
+    assert lab.devices() == before
+
+
 @pytest.mark.parametrize(
     ("link", "message"),
     [
