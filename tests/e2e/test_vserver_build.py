@@ -75,6 +75,17 @@ def test_a_guest_is_built_and_deleted(site: Site, tool: Tool) -> None:
     assert tool("vserver", "web", "delete").returncode == 5
 
 
+def test_warnings_are_lines_of_the_program_and_harmless(site: Site, tool: Tool) -> None:
+    site.vdirbase.chmod(0o755)
+    odd = site.vdirbase / "odd\n\x1b[31m"
+    odd.mkdir(mode=0o755)
+    done = _build(tool, "web", "-m", "skeleton", "--rootdir", f"{odd}")
+    assert all(line.startswith("vserver") for line in done.stderr.splitlines()), done.stderr
+    assert "every user of the host can enter it" in done.stderr
+    assert "\x1b" not in done.stderr + done.stdout
+    assert done.stdout.count("\n") == 1
+
+
 def test_notices_and_refusals_go_to_stderr(site: Site, tool: Tool) -> None:
     done = _build(tool, "web", "-m", "skeleton", "--interface", "10.0.0.5")
     assert "nodev" in done.stderr

@@ -24,7 +24,7 @@ from vrun.build.template import Template
 from vrun.guestfiles import NewGuest
 from vstore.cli import version_option
 from vstore.guest import parse_name, vdirbase
-from vstore.render import ProgressBar
+from vstore.render import ProgressBar, show_text
 
 EXIT_USAGE: Final = 1
 """Of the original's tools, and so of `vserver`: a wrong option."""
@@ -60,9 +60,9 @@ def build_command(name: str, arguments: Sequence[str], *, quiet: bool = False) -
     with ProgressBar() as bar:
         built = build(options, method, bar)
     for notice in built.notices:
-        click.echo(f"{program}: {notice}", err=True)
+        click.echo(show_text(f"{program}: {notice}"), err=True)
     if not quiet:
-        click.echo(_summary(built, method))
+        click.echo(show_text(_summary(built, method)))
     return 0
 
 
