@@ -32,6 +32,9 @@ log = logging.getLogger(__name__)
 NOT_CONTENT: Final = frozenset({"lost+found"})
 """What an empty root may have in it: a file system of its own begins with it."""
 
+SPARE: Final = ".vrun-"
+"""How the name begins of what a build needs for a while at the top of a root."""
+
 _MARK: Final = ".own-root"
 _RANDOM: Final = "[0-9a-f]{8}"
 
@@ -102,6 +105,9 @@ def clear_away(folder: Path, name: str) -> None:
     if root is not None:
         log.warning("%s: left by a build that was killed; it is removed", root)
         _must_go(remove_tree(root) if _own(place) != "content" else empty(root))
+    elif (place / "vdir").is_symlink():
+        for spare in _matching(place / (place / "vdir").readlink(), SPARE, _RANDOM * 2):
+            _must_go(remove_folder(spare))
     for left in find_left(folder, name):
         _must_go(remove_folder(left))
 

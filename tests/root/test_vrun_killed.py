@@ -1,6 +1,7 @@
 """Builds and deletes that are killed at any moment: the next of the name clears that away."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from tests.fixtures.filesystems import Site
 from tests.fixtures.probes import need, on
 from tests.fixtures.runs import find_faults, unify
 from tests.fixtures.tarballs import entry, pack
-from tests.fixtures.trees import File, Folder, differences, grow, snapshot
+from tests.fixtures.trees import File, Folder, Link, differences, grow, snapshot
 from vrun.commands import vserver
 from vrun.commands.build import build_command
 from vrun.delete import delete_guest, load_doomed
@@ -111,6 +112,26 @@ def test_what_was_in_a_root_before_a_killed_build_is_never_deleted_with_it(site:
     _delete()
     assert left(site) == {"guests/web"}
     assert (root / "etc/own").read_text() == "mine"
+
+
+def test_a_copy_over_a_used_root_that_is_killed_leaves_nothing_odd_in_it(site: Site) -> None:
+    source = grow(site.filesystem.folder / "source", [File("a", b"1"), Link("a too", "a")])
+    grow(site.root("web"), [File("etc/own", b"mine")])
+    options = ["--i-know-its-there", "--", "-s", os.fspath(source)]
+    words = ["web", "build", "-m", "rsync", *options]
+    steps = run_killed(0, vserver.main, *words).notes
+    _delete()
+    seen = set()
+    for turn in range(1, len(steps) + 1):
+        shutil.rmtree(site.root("web"), ignore_errors=True)
+        grow(site.root("web"), [File("etc/own", b"mine")])
+        run_killed(turn, vserver.main, *words)
+        seen |= {path.name[:6] for path in site.root("web").iterdir()}
+        if left(site) >= _CONFIGURED:
+            break
+        _delete()
+        assert not list(site.root("web").glob(".vrun-*"))
+    assert ".vrun-" in seen
 
 
 def test_a_folder_that_was_there_before_a_killed_build_stays_and_is_empty(site: Site) -> None:

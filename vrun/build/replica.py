@@ -14,6 +14,7 @@ from contextlib import suppress
 from typing import Final
 
 from vrun.errors import NoSpace, ToolError
+from vrun.unfinished import SPARE
 from vstore import extents, inode
 from vstore.descent import Barred, Descent, Entered, Left
 from vstore.progress import SILENT, Progress
@@ -40,7 +41,7 @@ class Copier:
         self._top_fd = target_fd
         self._may_replace = may_replace
         self._progress = progress
-        self._spare = f".vrun-{secrets.token_hex(8)}"
+        self._spare = f"{SPARE}{secrets.token_hex(8)}"
         os.mkdir(self._spare, 0o700, dir_fd=target_fd)
         self._spare_fd = os.open(self._spare, inode.OPEN_FOLDER, dir_fd=target_fd)
         self._fd = -1  # the folder of the target where we are
