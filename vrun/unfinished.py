@@ -107,7 +107,8 @@ def clear_away(folder: Path, name: str) -> None:
         _must_go(remove_tree(root) if _own(place) != "content" else empty(root))
     elif (place / "vdir").is_symlink():
         for spare in _matching(place / (place / "vdir").readlink(), SPARE, _RANDOM * 2):
-            _must_go(remove_folder(spare))
+            if spare.is_dir() and not spare.is_symlink():
+                _must_go(remove_folder(spare))
     for left in find_left(folder, name):
         _must_go(remove_folder(left))
 

@@ -1,6 +1,7 @@
 """build -m host: packages come along, and nothing that makes the host itself."""
 
 import hashlib
+import os
 import stat
 from pathlib import Path
 from typing import Final
@@ -173,4 +174,25 @@ def test_a_server_of_ssh_gets_keys_of_its_own(site: Site) -> None:
 def test_a_host_without_dpkg_is_refused(site: Site, rows: list[Row]) -> None:
     host = grow(site.filesystem.folder / "host", rows)
     assert "dpkg knows no package" in refused("web", "-m", "host", "--", "--source", host)
+    assert left(site) == set()
+
+
+def test_links_of_a_source_lead_nowhere_outside_it(site: Site) -> None:
+    """Another root than the host's, of which a guest may be the author."""
+    source = _host(site)
+    outside = site.filesystem.folder / "outside"
+    grow(outside, [File("passwd", b"canary:x:7:7:::\n"), File("info/x.list", b"/canary\n")])
+    (source / "etc/passwd").unlink()
+    (source / "etc/passwd").symlink_to(outside / "passwd")
+    assert "/etc/passwd of the source: is missing" in refused(
+        "web", "-m", "host", "--", "--source", source
+    )
+    (source / "etc/passwd").unlink()
+    os.mkfifo(source / "etc/passwd")
+    assert "/etc/passwd of the source: is no file" in refused(
+        "web", "-m", "host", "--", "--source", source
+    )
+    (source / "var/lib/dpkg/info").rename(source / "var/lib/dpkg/old")
+    (source / "var/lib/dpkg/info").symlink_to(outside / "info")
+    assert "dpkg knows no package" in refused("web", "-m", "host", "--", "--source", source)
     assert left(site) == set()

@@ -17,8 +17,8 @@ from typing import ClassVar, Final
 from vrun.build.inside import GuestTree
 from vrun.build.method import Method, Place
 from vrun.build.replica import Choice, Copier
-from vrun.build.selection import Packages
-from vrun.errors import WrongUsage
+from vrun.build.selection import Packages, read_file
+from vrun.errors import ToolError, WrongUsage
 from vstore import inode, syscalls
 from vstore.scan import open_below
 
@@ -68,11 +68,18 @@ class Host(Method):
             os.close(root_fd)
             os.close(source_fd)
         with GuestTree(place.root) as tree:
-            _write_accounts(self.source, tree)
+            self._write_accounts(tree)
             for path in _EMPTY:
                 tree.make_folder(path)
             tree.make_folder("root", 0o700)
             tree.put("etc/machine-id", b"", mode=0o444)
+
+    def _write_accounts(self, tree: GuestTree) -> None:
+        root_fd = self._open()
+        try:
+            _write_accounts(root_fd, tree)
+        finally:
+            os.close(root_fd)
 
     def _open(self) -> int:
         try:
@@ -174,10 +181,10 @@ def _make_folder(source_fd: int, target_fd: int, name: bytes) -> None:
 # --- accounts
 
 
-def _write_accounts(source: Path, tree: GuestTree) -> None:
+def _write_accounts(source_fd: int, tree: GuestTree) -> None:
     """The accounts and groups of the system, none of which has a password; see passwd(5)."""
-    users = list(_kept_rows(source / "etc/passwd", fields=7))
-    groups = list(_kept_rows(source / "etc/group", fields=4))
+    users = list(_kept_rows(source_fd, b"etc/passwd", fields=7))
+    groups = list(_kept_rows(source_fd, b"etc/group", fields=4))
     names = {user[0] for user in users}
     for group in groups:
         group[3] = ",".join(member for member in group[3].split(",") if member in names)
@@ -199,9 +206,12 @@ def _write_accounts(source: Path, tree: GuestTree) -> None:
         )
 
 
-def _kept_rows(path: Path, *, fields: int) -> Iterator[list[str]]:
+def _kept_rows(source_fd: int, path: bytes, *, fields: int) -> Iterator[list[str]]:
     """The rows of passwd(5) or group(5) whose number, the third field, is one of the system's."""
-    for line in path.read_text(errors="surrogateescape").splitlines():
+    text = read_file(source_fd, path)
+    if text is None:
+        raise ToolError(f"/{os.fsdecode(path)} of the source: is missing")
+    for line in os.fsdecode(text).splitlines():
         row = line.split(":")
         if len(row) == fields and row[2].isdecimal():
             number = int(row[2])

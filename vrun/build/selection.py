@@ -15,8 +15,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Final
 
-from vrun.errors import NotPermitted
-from vstore import exclude, inode
+from vrun.errors import NotPermitted, ToolError
+from vstore import exclude, inode, syscalls
 from vstore.exclude import Excludes
 from vstore.scan import open_below
 
@@ -27,6 +27,7 @@ _MERGED: Final = re.compile(rb"\Ausr/(?=(?:s?bin|lib(?:32|64|x32)?)/)")
 """Where /bin and the like are links into /usr, packages may still say that a file is in /bin."""
 _CONFFILE: Final = re.compile(rb"^ /(.+) ([0-9a-f]{32})(?: obsolete)?$", re.MULTILINE)
 _UCF: Final = re.compile(rb"^([0-9a-f]{32})  /(.+)$", re.MULTILINE)
+_IN_TREE: Final = syscalls.RESOLVE_IN_ROOT | syscalls.RESOLVE_NO_MAGICLINKS
 _LARGEST: Final = 64 << 20  # bytes of a file of the database, and of a configuration file
 
 _NOT_PROGRAMS: Final = frozenset(
@@ -120,21 +121,20 @@ class Packages:
     @classmethod
     def load(cls, root: Path, root_fd: int) -> "Packages":
         """Raises NotPermitted where dpkg does not manage the tree."""
-        folder = root / os.fsdecode(DATABASE)
-        lists = sorted((folder / "info").glob("*.list"))
-        if not lists:
+        owned = {
+            line.removeprefix(b"/")
+            for path in _lists(root_fd)
+            for line in (read_file(root_fd, path) or b"").splitlines()
+        }
+        if not owned:
             raise NotPermitted(
-                f"{folder}: dpkg knows no package there",
+                f"{root / os.fsdecode(DATABASE)}: dpkg knows no package there",
                 hint="only a Debian host is built from; -m rsync copies any tree",
             )
-        owned = {
-            line.removeprefix(b"/") for path in lists for line in path.read_bytes().splitlines()
-        }
-        status = _CONFFILE.findall((folder / "status").read_bytes())
+        status = _CONFFILE.findall(read_file(root_fd, DATABASE + b"/status") or b"")
         digests = {path: digest.decode() for path, digest in status}
-        hashes = root / "var/lib/ucf/hashfile"
-        if hashes.is_file():
-            digests |= {path: digest.decode() for digest, path in _UCF.findall(hashes.read_bytes())}
+        hashes = read_file(root_fd, b"var/lib/ucf/hashfile") or b""
+        digests |= {path: digest.decode() for digest, path in _UCF.findall(hashes)}
         shipped = exclude.SHIPPED_LIST
         rules = exclude.parse(shipped.read_bytes(), source=os.fspath(shipped))
         return cls(root_fd, frozenset(owned - {b"", b"."}), digests, rules)
@@ -192,6 +192,38 @@ class Packages:
         with os.fdopen(fd, "rb") as file:
             digest = hashlib.md5(file.read(_LARGEST), usedforsecurity=False).hexdigest()
         return digest == self.digests[path]
+
+
+def read_file(root_fd: int, path: bytes) -> bytes | None:
+    """A file of the tree behind `root_fd`, by the tree's own links; None where there is none.
+
+    Raises ToolError for what is no regular file, or one too large.
+    """
+    try:
+        fd = syscalls.openat2(root_fd, path, flags=os.O_PATH, resolve=_IN_TREE)
+    except FileNotFoundError:
+        return None
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode) or status.st_size > _LARGEST:
+            raise ToolError(f"/{os.fsdecode(path)} of the source: is no file of a sensible size")
+        return Path(f"/proc/self/fd/{fd}").read_bytes()
+    finally:
+        os.close(fd)
+
+
+def _lists(root_fd: int) -> list[bytes]:
+    """The lists of files that dpkg has of its packages."""
+    folder = DATABASE + b"/info"
+    try:
+        fd = syscalls.openat2(root_fd, folder, flags=os.O_RDONLY | os.O_DIRECTORY, resolve=_IN_TREE)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    try:
+        names = sorted(map(os.fsencode, os.listdir(fd)))  # noqa: PTH208 - by descriptor
+    finally:
+        os.close(fd)
+    return [folder + b"/" + name for name in names if name.endswith(b".list")]
 
 
 def _is_open(status: os.stat_result) -> bool:
