@@ -146,6 +146,9 @@ def _warn_impossible(guest: Keys, defaults: Keys, name: str) -> None:
             guest.warn(key, reason)
         elif key in _FOR_ALL_GUESTS and not guest.has(key.removeprefix("no")) and defaults.has(key):
             defaults.warn(key, reason)
+    login = defaults / "apps" / "vlogin"
+    if login.has("disable"):
+        login.warn("disable", "`enter` always has a terminal of its own")
     if (shown := guest.value("name")) not in (None, name):
         guest.warn("name", f"{shown}: the guest is called {name}, as its folder")
     network_id = guest.value("ncontext")

@@ -13,6 +13,7 @@ _CPU_LIST: Final = r"\d+(-\d+(:\d+/\d+)?)?(,\d+(-\d+(:\d+/\d+)?)?)*"
 _CONTROL_FILE: Final = r"[a-z_]+(\.[A-Za-z0-9_-]+)+"
 _CGROUP_PATH: Final = r"/*[A-Za-z0-9_][A-Za-z0-9_.@:-]*(/+[A-Za-z0-9_][A-Za-z0-9_.@:-]*)*/*"
 _PLACE_KEYS: Final = frozenset({"mnt", "subsys", "inherit", "name", "base", "per-ss"})
+_MOUNT_KEYS: Final = ("mnt", "subsys", "per-ss")
 _KERNEL_RATE: Final = (1, 4)
 """The token bucket that the original's kernel gave a guest without one."""
 _MOST: Final = (1 << 63) - 1
@@ -157,6 +158,8 @@ def load_cgroup(guest: Keys, defaults: Keys) -> CgroupSettings:
     common = defaults / "cgroup"
     own = guest / "cgroup"
     source = own if own.exists else None if guest.has("nocgroup") else common
+    for key in filter(common.has, _MOUNT_KEYS if source is common else ()):
+        common.warn(key, "groups are made in the hierarchies that the host has mounted")
     base = common.scalar("base")
     name = source.scalar("name") if source else None
     settings = CgroupSettings(

@@ -111,6 +111,22 @@ def test_of_two_places_for_one_thing_the_one_that_is_not_read_is_named(etc: Conf
     }
 
 
+@pytest.mark.parametrize(
+    ("key", "reason"),
+    [
+        ("cgroup/mnt", "the hierarchies that the host has mounted"),
+        ("cgroup/subsys", "the hierarchies that the host has mounted"),
+        ("cgroup/per-ss", "the hierarchies that the host has mounted"),
+        ("apps/vlogin/disable", "always has a terminal of its own"),
+    ],
+)
+def test_defaults_that_cannot_be_had_are_named(etc: Configuration, key: str, reason: str) -> None:
+    folder = etc.set_defaults({key: "x"})
+    (warning,) = etc.spec_of({}).warnings
+    assert warning.startswith(f"{folder / key}: ")
+    assert reason in warning
+
+
 def test_a_key_that_points_nowhere_counts_as_missing_and_is_named(etc: Configuration) -> None:
     keys = ("context", "noncontext", "cflags", "apps/init/cmd.start")
     spec = etc.spec_of({key: Path("/nowhere") for key in keys})
