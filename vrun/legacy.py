@@ -268,14 +268,18 @@ def _initial_runlevel(root: Path) -> str | None:
         fd = syscalls.openat2(
             root_fd,
             b"etc/inittab",
-            flags=os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY,
+            flags=os.O_PATH,  # with O_NONBLOCK a link with `..` is not tried again
             resolve=syscalls.RESOLVE_IN_ROOT | syscalls.RESOLVE_NO_MAGICLINKS,
         )
     except OSError:
         return None
     finally:
         os.close(root_fd)
-    with os.fdopen(fd, "rb") as file:
-        is_file = stat.S_ISREG(os.fstat(fd).st_mode)
-        match = _INITDEFAULT.search(file.read(_MOST_INITTAB)) if is_file else None
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            return None
+        with Path(f"/proc/self/fd/{fd}").open("rb") as file:
+            match = _INITDEFAULT.search(file.read(_MOST_INITTAB))
+    finally:
+        os.close(fd)
     return match[1].decode() if match else None

@@ -3,6 +3,7 @@
 import shlex
 import stat
 import subprocess
+import sys
 
 import pytest
 
@@ -12,6 +13,7 @@ from tests.fixtures.filesystems import Site
 from tests.fixtures.probes import need, on
 from tests.fixtures.runs import unify
 from tests.fixtures.trees import File, Folder, Row, Symlink, grow
+from vrun.build.inside import GuestTree
 
 pytestmark = [need("immutable", "lease", "acl")]
 
@@ -99,3 +101,18 @@ def test_keys_of_ssh_are_made_anew(site: Site, tool: Tool) -> None:
             shown = subprocess.run(["ssh-keygen", "-lf", key], capture_output=True, check=True)
             seen.add(shown.stdout.split()[1])
     assert len(seen) == 2 * len(KEY_KINDS)
+
+
+@on("ext4")
+def test_links_with_dots_are_read_while_the_machine_renames_files(site: Site) -> None:
+    link = Symlink("etc/resolv.conf", "../run/x/resolv.conf")
+    root = grow(site.root("web"), [File("run/x/resolv.conf", b"1"), link])
+    files = [site.filesystem.folder / "a", site.filesystem.folder / "b"]
+    loop = (
+        "import os,sys\na,b=sys.argv[1:]\nopen(a,'w')\nwhile True: os.rename(a,b); os.rename(b,a)"
+    )
+    with subprocess.Popen([sys.executable, "-c", loop, *files]) as renamer, GuestTree(root) as tree:
+        try:
+            assert {tree.load("etc/resolv.conf") for _ in range(20_000)} == {b"1"}
+        finally:
+            renamer.kill()

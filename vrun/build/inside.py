@@ -48,19 +48,20 @@ class GuestTree:
     def load(self, path: str) -> bytes | None:
         """The content of a regular file; None where there is none, or none of a sensible size."""
         try:
-            fd = syscalls.openat2(
-                self.fd, os.fsencode(path), flags=os.O_RDONLY | os.O_NONBLOCK, resolve=_RESOLVE
-            )
+            # Not to read yet: a FIFO would hold us up, and O_NONBLOCK gives up where a `..` of a
+            # link has to be tried again since somebody on the machine renames something.
+            fd = syscalls.openat2(self.fd, os.fsencode(path), flags=os.O_PATH, resolve=_RESOLVE)
         except OSError as error:
             if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
                 return None
             raise
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode) or status.st_size > _MOST_BYTES:
+        try:
+            status = os.fstat(fd)
+            if not stat.S_ISREG(status.st_mode) or status.st_size > _MOST_BYTES:
+                return None
+            return Path(f"/proc/self/fd/{fd}").read_bytes()
+        finally:
             os.close(fd)
-            return None
-        with os.fdopen(fd, "rb") as file:
-            return file.read(_MOST_BYTES)
 
     def has(self, path: str) -> bool:
         """Whether there is anything of that name, a link that leads nowhere included."""
