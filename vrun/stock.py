@@ -15,7 +15,7 @@ LXCFS: Final = Path("/var/lib/lxcfs/proc")
 
 CFLAGS: Final = {
     "sched": "is a flag of kernel 2.4 and does nothing; use sched_hard",
-    "private": "root of the host can still enter the guest",
+    "private": "exec and enter are refused; root of the host has other ways into the guest",
     "ulimit": "the limits of ulimits/ hold for each process; for the whole guest use rlimits/",
     "sched_prio": "of the bucket only its priority-bias counts: it sets the guest's cpu weight",
     "sched_pause": "the guest is not started frozen",

@@ -12,7 +12,15 @@ import pytest
 
 from tests.fixtures.persons import Person, at_terminal
 from tests.fixtures.probes import need
-from tests.fixtures.vservers import SLEEPER, VSERVER, Host, host_for_guests, status_of, wait_until
+from tests.fixtures.vservers import (
+    SLEEPER,
+    VSERVER,
+    Host,
+    grow_busybox,
+    host_for_guests,
+    status_of,
+    wait_until,
+)
 from tests.fixtures.witness import children_of, link
 
 pytestmark = need("root")
@@ -52,6 +60,29 @@ def test_the_commands_own_exit_code_is_vservers(web: Host) -> None:
     for code in (0, 1, 5, 42, 255):
         web.vserver("web", "exec", "sh", "-c", f"exit {code}", code=code)
     web.vserver("web", "exec", "sh", "-c", "kill -9 $$", code=128 + signal.SIGKILL)
+
+
+@pytest.mark.parametrize("flags", ["lock,PRIVATE", "^3", "~private\nall"])
+def test_nobody_enters_a_guest_that_is_private(host: Host, flags: str) -> None:
+    host.add_busybox("web", {**SLEEPER, "cflags": flags})
+    host.vserver("web", "start")
+    for words in (("exec", "id"), ("suexec", "root", "id"), ("enter",), ("chkconfig", "--list")):
+        done = host.vserver("web", *words, code=1)
+        assert (done.stdout, "private keeps everybody out" in done.stderr) == ("", True)
+    host.set_key("web", "cflags", "lock,~private,virt_uptime")
+    assert host.inside("web", "id", "-u") == "0\n"
+    host.vserver("web", "stop")
+
+
+def test_an_old_file_can_make_a_guest_private(host: Host) -> None:
+    root = host.etc.vdirbase / "web"
+    grow_busybox(root)
+    (root / "etc/inittab").write_text("::ctrlaltdel:/sbin/reboot\n::respawn:/bin/sleep 1000\n")
+    host.names.append("web")
+    host.etc.add_old_guest("web", 'S_FLAGS="fakeinit private"\n')
+    host.vserver("web", "start")
+    assert "private keeps" in host.vserver("web", "exec", "id", code=1).stderr
+    host.vserver("web", "stop")
 
 
 def test_what_cannot_be_run_has_the_codes_of_a_shell(web: Host) -> None:

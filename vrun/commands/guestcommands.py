@@ -237,12 +237,21 @@ def _console(request: Request) -> int:
 # --- inside
 
 
+def _admitted(request: Request) -> Guest:
+    """The guest that is meant, if it may be entered. Raises NotPermitted."""
+    from vrun.admission import check_enter
+
+    guest = request.guest
+    check_enter(guest)
+    return guest
+
+
 def _exec(request: Request) -> int:
     from vrun.enter import execute
 
     if not request.arguments:
         raise click.UsageError("exec: which command?")
-    return execute(request.guest.name, request.arguments)
+    return execute(_admitted(request).name, request.arguments)
 
 
 def _suexec(request: Request) -> int:
@@ -251,28 +260,28 @@ def _suexec(request: Request) -> int:
     if len(request.arguments) < 2:
         raise click.UsageError("suexec: which user, and which command?")
     user, *argv = request.arguments
-    return execute_as(request.guest.name, user, tuple(argv))
+    return execute_as(_admitted(request).name, user, tuple(argv))
 
 
 def _enter(request: Request) -> int:
     from vrun.config import load_spec
     from vrun.enter import enter
 
-    guest = request.guest
+    guest = _admitted(request)
     return enter(guest.name, load_spec(guest).shell)
 
 
 def _chkconfig(request: Request) -> int:
     from vrun.enter import execute
 
-    return execute(request.guest.name, ("chkconfig", *request.arguments))
+    return execute(_admitted(request).name, ("chkconfig", *request.arguments))
 
 
 def _service(request: Request) -> int:
     """As the old tools: one of the guest's init scripts with an action."""
     from vrun.enter import execute
 
-    return execute(request.guest.name, ("service", *request.arguments))
+    return execute(_admitted(request).name, ("service", *request.arguments))
 
 
 # --- guests as wholes
