@@ -218,7 +218,12 @@ class _Tree:
             raise ValueError("has the name of a folder that is there already")
         if not may_replace:
             raise ValueError("comes twice")
-        os.unlink(name, dir_fd=self.fd)
+        try:
+            os.unlink(name, dir_fd=self.fd)
+        except PermissionError as error:
+            raise ValueError(
+                "cannot take the place of a file that is frozen, as those are that guests share"
+            ) from error
 
     # --- one of each kind
 

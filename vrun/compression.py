@@ -21,7 +21,8 @@ MEMORY_AT_MOST: Final = 1 << 28
 
 _CHUNK: Final = 1 << 17
 _LAYERS_AT_MOST: Final = 4
-_LONGEST_MAGIC: Final = 6
+_TAR_MAGIC: Final = b"ustar"
+_TAR_MAGIC_END: Final = 262
 
 
 class Source(Protocol):
@@ -189,7 +190,7 @@ def unpacked(file: FileIO) -> Iterator[Source]:
     running: subprocess.Popen[bytes] | None = None
     try:
         for layer in range(_LAYERS_AT_MOST + 1):
-            form = _find_format(source.peek(_LONGEST_MAGIC))
+            form = _find_format(source.peek(_TAR_MAGIC_END))
             if form is None:
                 break
             if layer == _LAYERS_AT_MOST:
@@ -208,6 +209,8 @@ def unpacked(file: FileIO) -> Iterator[Source]:
 
 
 def _find_format(first: bytes) -> _Format | None:
+    if first.endswith(_TAR_MAGIC):  # whatever its first member is called
+        return None
     return next((form for form in _FORMATS if first.startswith(form.magic)), None)
 
 

@@ -219,9 +219,12 @@ class TarReader:
         block = self._read_exactly(_BLOCK)
         if not any(block):
             return None
-        if is_first:
-            _check_format(block)
-        _check_sum(block)
+        try:
+            _check_sum(block)
+        except ValueError:
+            if is_first:
+                _check_format(block)
+            raise
         return block
 
     def _read_extension(self, raw: _Raw) -> bytes:

@@ -2,6 +2,7 @@
 
 import os
 import stat
+import subprocess
 from contextlib import suppress
 from pathlib import Path
 
@@ -183,6 +184,23 @@ def test_folders_in_the_place_of_files_that_are_only_looked_at_do_no_harm(site: 
     names = ("etc/inittab/", "etc/ssh/", "sbin/init/")
     archive.write_bytes(pack(*(entry(name, kind=b"5") for name in names)))
     build("web", "-m", "template", "--", "-t", archive)
+
+
+@on("ext4")
+@need("immutable")
+def test_a_frozen_file_is_never_replaced(site: Site) -> None:
+    root = grow(site.root("web"), [File("etc/shared", b"of all")])
+    archive = site.filesystem.folder / "a.tar"
+    archive.write_bytes(pack(entry("etc/shared", b"!")))
+    subprocess.run(["chattr", "+i", root / "etc/shared"], check=True)
+    try:
+        words = ["-m", "template", "--i-know-its-there", "--", "-t", os.fspath(archive)]
+        assert "etc/shared: cannot take the place of a file that is frozen" in refused(
+            "web", *words
+        )
+        assert (root / "etc/shared").read_bytes() == b"of all"
+    finally:
+        subprocess.run(["chattr", "-i", root / "etc/shared"], check=True)
 
 
 @on("ext4")

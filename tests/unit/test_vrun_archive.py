@@ -349,6 +349,17 @@ def test_what_is_no_tar_archive_is_called_by_its_name(box: Box, data: bytes, wha
     assert what in box.refuses(COMPRESSORS["gzip"](data))
 
 
+@pytest.mark.parametrize("name", ["PKG", "BZh", "0707", "LZIP", "]"])
+def test_a_name_that_looks_like_another_format_is_a_name(box: Box, name: str) -> None:
+    data = pack(entry(name, b"1"), entry("more", b"2"))
+    box.unpack(data)
+    assert box.paths() == sorted([name, "more"])
+    shutil.rmtree(box.root)
+    box.root.mkdir()
+    box.unpack(COMPRESSORS["xz"](data))
+    assert box.paths() == sorted([name, "more"])
+
+
 def test_a_header_bomb_is_not_unpacked_into_memory(box: Box, memory: Memory) -> None:
     bomb = header(b"p", kind=b"x", size=b"%011o\0" % (1 << 30)) + bytes(1 << 26)
     data = COMPRESSORS["gzip"](bomb)
