@@ -24,8 +24,9 @@ host's. Abstract unix names that others have are names that nobody has (abstract
 
 import errno
 import os
+import stat
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
@@ -42,6 +43,12 @@ _OPEN_NAMES: Final = (
     "can reach abstract unix sockets of the host and of other bound guests: this kernel cannot "
     "refuse them ({reason}); Linux 6.7 can, and spaces/net ends it"
 )
+_OPEN_FILE: Final = (
+    "its root can write {path}, which is the host's, as user id 0 may without any capability; "
+    "spaces/net ends it"
+)
+_WRITTEN: Final = ("xt_recent", "rpc", "ipt_CLUSTERIP", "pktgen")
+"""Folders of /proc/net with files that ask for no capability."""
 _BINDV6ONLY: Final = Path("/proc/sys/net/ipv6/bindv6only")
 
 
@@ -108,7 +115,24 @@ def restrict(group: Path, spec: GuestSpec, xid: int) -> tuple[str, ...]:
         reason = keep_from_abstract_names(fd, rundir() / ".filters")
     finally:
         os.close(fd)
-    return (*limits(addresses), *((_OPEN_NAMES.format(reason=reason),) if reason else ()))
+    return (
+        *limits(addresses),
+        *((_OPEN_NAMES.format(reason=reason),) if reason else ()),
+        *(_OPEN_FILE.format(path=path) for path in writable_files()),
+    )
+
+
+def writable_files(folder: Path = Path("/proc/self/net")) -> Iterator[str]:
+    """Files of modules that user id 0 may write in this network namespace, one for each folder.
+
+    The guest has the same ones in its own /proc, and no mount can cover them: the processes'
+    folders come and go.
+    """
+    for name in _WRITTEN:
+        for path in sorted((folder / name).glob("**/*")):
+            if path.is_file() and path.stat().st_mode & stat.S_IWUSR:
+                yield f"/proc/net/{path.relative_to(folder)}"
+                break
 
 
 def default_loopback(xid: int) -> IPv4Address:

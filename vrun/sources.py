@@ -29,7 +29,7 @@ class Source:
     fd: int
     """O_PATH; of the inode itself, so no link can be put in its place any more."""
     is_in_guest: bool
-    """The way there led through a guest's root."""
+    """It lies below a guest's root, which can put something else in its place."""
 
     @property
     def kind(self) -> int:
@@ -56,8 +56,7 @@ def open_source(path: str) -> Source:
             folder_fd = found_fd
             if todo and (found.st_dev, found.st_ino) in roots:
                 return Source(_open_in_guest(folder_fd, "/".join(todo)), is_in_guest=True)
-        is_root = _identity(folder_fd) in roots
-        return Source(os.dup(folder_fd), is_in_guest=is_root)
+        return Source(os.dup(folder_fd), is_in_guest=False)
     finally:
         os.close(folder_fd)
 
@@ -105,11 +104,6 @@ def _open_in_guest(root_fd: int, path: str) -> int:
 
 def _components(path: str) -> list[str]:
     return [name for name in path.split("/") if name not in ("", ".")]
-
-
-def _identity(fd: int) -> tuple[int, int]:
-    found = os.fstat(fd)
-    return found.st_dev, found.st_ino
 
 
 def _roots() -> frozenset[tuple[int, int]]:

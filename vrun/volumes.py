@@ -7,6 +7,7 @@ there the mount is moved to the target: no program is ever given a path of the g
 """
 
 import os
+import re
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -55,6 +56,8 @@ _IGNORED: Final = frozenset(
 )
 _FOR_PROGRAM: Final = frozenset({"loop", "offset", "sizelimit", "encryption", "uhelper", "helper"})
 """Words that only mount(8) understands."""
+_LAYERS: Final = frozenset({"lowerdir", "datadir", "upperdir", "workdir"})
+"""Options of overlay whose values are paths."""
 _HELPERS: Final = ("/sbin", "/usr/sbin")
 _TAGS: Final = ("LABEL=", "UUID=", "PARTLABEL=", "PARTUUID=", "ID=")
 
@@ -230,18 +233,26 @@ def kind_of(source: str) -> int | None:
 
 
 def _refuse_guests(mount: Mount) -> None:
-    """A device or an image is mounted by its path, and a guest can change what that leads to."""
-    if not mount.source.startswith("/"):
-        return
-    with suppress(FileNotFoundError, NotADirectoryError):
-        source = sources.open_source(mount.source)
-        os.close(source.fd)
-        if source.is_in_guest:
-            raise ToolError(
-                f"{mount.where}: {mount.source} lies in a guest's tree, whose root can put "
-                "anything in its place",
-                hint="move it to a folder of the host's",
-            )
+    """A device, an image or a layer is mounted by its path, whatever that leads to by then."""
+    for path in (mount.source, *_layers(mount)):
+        with suppress(FileNotFoundError, NotADirectoryError):
+            source = sources.open_source(path) if path.startswith("/") else None
+            if source is not None:
+                os.close(source.fd)
+            if source is not None and source.is_in_guest:
+                raise ToolError(
+                    f"{mount.where}: {path} lies in a guest's tree, whose root can put anything "
+                    "in its place",
+                    hint="move it to a folder of the host's, or bind it",
+                )
+
+
+def _layers(mount: Mount) -> Iterator[str]:
+    """The folders that an overlay is made of."""
+    for word in mount.options:
+        key, _, value = word.partition("=")
+        if key.rstrip("+") in _LAYERS:
+            yield from re.split(r"(?<!\\):+", value)
 
 
 def _mount_by_program(mount: Mount) -> int:

@@ -13,6 +13,7 @@ from tests.fixtures.bound import ANY, DB, WEB, bound_guest, bound_spec
 from tests.fixtures.bound import db as db
 from tests.fixtures.bound import host as host
 from tests.fixtures.bound import web as web
+from tests.fixtures.filesystems import has_tools
 from tests.fixtures.lab import DEVICE, Lab
 from tests.fixtures.lab import lab as lab
 from tests.fixtures.probes import own_cgroup
@@ -267,6 +268,18 @@ def test_transports_without_a_hook_are_refused(web: Agent) -> None:
     assert web("make('10.9.0.5', protocol=132)") == "EPROTONOSUPPORT"  # SCTP
     assert web("make('10.9.0.5', 'udp', protocol=136)") == "EPROTONOSUPPORT"  # UDP-Lite
     assert web("bind('10.9.0.1', protocol=262)") in ("EPERM", "EPROTONOSUPPORT")  # MPTCP
+
+
+@pytest.mark.skipif(not has_tools("iptables"), reason="no iptables installed")
+def test_files_of_the_host_that_the_guests_root_can_write_are_said(lab: Lab) -> None:
+    rule = "iptables -A INPUT -m recent --name vtest --set"
+
+    def look() -> list[str]:
+        return list(chbind.writable_files())
+
+    assert lab.call(look) == []
+    lab.run(*rule.split())
+    assert lab.call(look) == ["/proc/net/xt_recent/vtest"]
 
 
 # --- the programs themselves

@@ -146,6 +146,23 @@ def test_a_device_or_image_in_a_guests_tree_is_refused(web: Path, other: Path, f
         assert said.startswith(f"fstab:7: {other / name} lies in a guest's tree")
 
 
+@pytest.mark.parametrize("key", ["lowerdir", "upperdir", "workdir"])
+def test_an_overlay_of_what_lies_in_a_guests_tree_is_refused(
+    web: Path, other: Path, host: Path, key: str
+) -> None:
+    folders = {name: host.parent / name for name in ("lowerdir", "upperdir", "workdir")}
+    for folder in folders.values():
+        folder.mkdir()
+    (folders["lowerdir"] / "file").write_text("below\n")
+    words = tuple(f"{name}={folder}" for name, folder in folders.items())
+    assert _see(web, _line(Path("x"), "/srv/data", "overlay", *words)) == "below\n"
+
+    folders[key] = other / "shared"
+    words = tuple(f"{name}={folder}" for name, folder in folders.items())
+    said = _see(web, _line(Path("x"), "/srv/data", "overlay", *words))
+    assert said.startswith(f"fstab:7: {other / 'shared'} lies in a guest's tree")
+
+
 def test_a_device_by_way_of_another_guest_is_what_that_guest_has(web: Path, other: Path) -> None:
     (other / "evil").symlink_to("/dev/kmsg")
     device = Device(entry="0", path=Path("/dev/x"), source=other / "evil")
