@@ -11,11 +11,13 @@ by that if a process of the host takes, in that very moment, a name that the gue
 """
 
 import errno
+import os
 from typing import Final
 
 from vrun import bpf
 from vrun.bpf import R1, R2, R3, R6, R7, R8, R9, R10, Code, Hook, Register
 from vrun.kerneltypes import Places, TypesUnknown
+from vstore.record import dataclass
 
 MEMBERS: Final = (
     *("bpf_sock_addr_kern.sk", "bpf_sock_addr_kern.uaddr", "bpf_sock_addr_kern.uaddrlen"),
@@ -43,11 +45,36 @@ _NAME: Final = _OURS + _LENGTH_BYTES
 _MOST_SOCKETS: Final = 32
 """So many sockets of one bucket are looked at; with more the name counts as a stranger's."""
 _MOST_LEVELS: Final = 32
+_ROOT_NUMBER: Final = 1
+"""The inode of the hierarchy's own root; that of a container is another one."""
 _HALF: Final = 256  # UNIX_HASH_MOD + 1: abstract names have the upper half of the buckets
 
 
-def guard(places: Places, group_id: int) -> Code:
-    """The program for the cgroup with that number (its folder's inode).
+@dataclass(frozen=True, slots=True)
+class Ancestor:
+    """The cgroup of a guest."""
+
+    number: int
+    """Its folder's inode."""
+    level: int | None
+    """How many groups are above it; None is found out for each socket, which takes longer."""
+
+
+def find_ancestor(cgroup_fd: int) -> Ancestor:
+    """The group whose folder is behind the descriptor; in a container its level is not known."""
+    found = os.fstat(cgroup_fd)
+    number, level = found.st_ino, 0
+    above = ".."
+    while found.st_ino != _ROOT_NUMBER and level < _MOST_LEVELS:
+        parent = os.stat(above, dir_fd=cgroup_fd)
+        if parent.st_dev != found.st_dev:
+            return Ancestor(number, None)
+        found, level, above = parent, level + 1, f"{above}/.."
+    return Ancestor(number, level)
+
+
+def guard(places: Places, group: Ancestor) -> Code:
+    """The program for the cgroup of a guest.
 
     R6 is the context, then the socket that is looked at; R7 where we are in the bucket, R8 the
     length of the address, R9 counts.
@@ -66,7 +93,7 @@ def guard(places: Places, group_id: int) -> Code:
     code.add(R6, -places["sock_common.skc_node"])
     _read_number(code, R7, R7, 0)
     _compare(code, places, "next")
-    _check_group(code, places, group_id)
+    _check_group(code, places, group)
     code.place("refused")
     code.move(R1, -errno.ECONNREFUSED, wide=True)
     code.call(bpf.SET_RETVAL)
@@ -179,26 +206,37 @@ def _read_image(code: Code, places: Places) -> None:
     code.call(bpf.PROBE_READ_KERNEL)
 
 
-def _check_group(code: Code, places: Places, group_id: int) -> None:
+def _check_group(code: Code, places: Places, group: Ancestor) -> None:
     """To `allow` if the socket R6 was made in the group or below it; else go on."""
     _read_number(code, R7, R6, places["sock.sk_cgrp_data.cgroup"])
     code.jump_equal(R7, 0, "refused", wide=True)
     _read_number(code, R8, R7, places["cgroup.level"], size=4)
-    code.move(R9, 0, wide=True)
     code.add(R7, places["cgroup.ancestors"])
+    if group.level is not None:
+        code.move(R1, group.level)
+        code.jump_above(R1, R8, "refused")
+        code.add(R7, 8 * group.level)
+        _compare_id(code, places, group.number)
+        return
+    code.move(R9, 0, wide=True)
     code.place("level")
     code.jump_above(R9, R8, "refused")
     code.move(R1, _MOST_LEVELS)
     code.jump_above(R9, R1, "refused")
-    _read_number(code, R6, R7, 0)
-    _read_number(code, R6, R6, places["cgroup.kn"])
-    _read_number(code, R6, R6, places["kernfs_node.id"])
-    different = code.new_label()
-    code.load(R1, R10, _NUMBER)
-    code.jump_unequal(R1, group_id & 0xFFFFFFFF, different)
-    code.load(R1, R10, _NUMBER + 4)
-    code.jump_equal(R1, group_id >> 32, "allow")
-    code.place(different)
+    _compare_id(code, places, group.number)
     code.add(R7, 8)
     code.add(R9, 1)
     code.jump("level")
+
+
+def _compare_id(code: Code, places: Places, number: int) -> None:
+    """To `allow` if the group that R7 points to a pointer to has the number; else go on."""
+    different = code.new_label()
+    _read_number(code, R6, R7, 0)
+    _read_number(code, R6, R6, places["cgroup.kn"])
+    _read_number(code, R6, R6, places["kernfs_node.id"])
+    code.load(R1, R10, _NUMBER)
+    code.jump_unequal(R1, number & 0xFFFFFFFF, different)
+    code.load(R1, R10, _NUMBER + 4)
+    code.jump_equal(R1, number >> 32, "allow")
+    code.place(different)

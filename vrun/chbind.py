@@ -87,7 +87,7 @@ def keep_from_abstract_names(cgroup_fd: int, folder: Path) -> str:
     """
     try:
         places = kerneltypes.find_places(abstracthooks.MEMBERS, folder)
-        program = abstracthooks.guard(places, os.fstat(cgroup_fd).st_ino)
+        program = abstracthooks.guard(places, abstracthooks.find_ancestor(cgroup_fd))
         for hook in abstracthooks.HOOKS:
             program_fd = bpf.load_program(program, hook)
             try:

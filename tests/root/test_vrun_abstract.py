@@ -13,9 +13,10 @@ from tests.fixtures.agent import Agent, agent_in
 from tests.fixtures.bound import DB, WEB, bound_guest
 from tests.fixtures.lab import Lab
 from tests.fixtures.lab import lab as lab
-from tests.fixtures.probes import need
-from vrun import abstracthooks, chbind, kerneltypes
+from tests.fixtures.probes import need, own_cgroup
+from vrun import abstracthooks, bpf, chbind, kerneltypes
 from vrun.kerneltypes import TypesUnknown
+from vstore.record import replace
 
 pytestmark = need("abstract_hooks")
 
@@ -89,6 +90,33 @@ def test_groups_that_a_guest_makes_are_the_guests(lab: Lab, group: Path, web: Ag
         below(f"serve({lower})")
         assert below(f"call({upper})") == "connected"
         assert web(f"call({lower})") == "connected"
+
+
+def test_where_the_level_of_a_group_is_not_known_it_is_looked_for(
+    lab: Lab, host: Agent, tmp_path: Path
+) -> None:
+    with own_cgroup() as group, agent_in(lab) as early:
+        (group / "a/b").mkdir(parents=True)
+        group_fd = os.open(group / "a", os.O_RDONLY | os.O_DIRECTORY)
+        found = abstracthooks.find_ancestor(group_fd)
+        assert found.number == (group / "a").stat().st_ino
+        assert found.level in (2, None)  # None: this host is a container itself
+        places = kerneltypes.find_places(abstracthooks.MEMBERS, tmp_path)
+        code = abstracthooks.guard(places, replace(found, level=None))
+        for hook in abstracthooks.HOOKS:
+            program_fd = bpf.load_program(code, hook)
+            bpf.attach(group_fd, hook, program_fd)
+            os.close(program_fd)
+        os.close(group_fd)
+
+        theirs, ours = _name(), _name()
+        early(f"serve({theirs})")
+        with agent_in(lab, group / "a/b") as below, agent_in(lab, group / "a") as guest:
+            below(f"serve({ours})")
+            assert guest(f"call({ours})") == "connected"
+            assert guest(f"call({theirs})") == "ECONNREFUSED"
+            assert below(f"call({ours})") == "connected"
+            assert host(f"call({ours})") == "connected"
 
 
 def test_no_guest_reaches_anothers_names(lab: Lab, web: Agent) -> None:
