@@ -343,6 +343,18 @@ def test_numbers_of_other_guests_are_refused(site: Site) -> None:
 
 
 @on("ext4")
+def test_settings_of_a_distribution_that_are_not_there_are_told_of(site: Site) -> None:
+    assert "-d mine: there are no settings" in refused("web", "-m", "skeleton", "--", "-d", "mine")
+    site.configure(".distributions", "mine/devs", "zero c 1 5 600\n")
+    (site.confdir / ".distributions/mine/initpost").symlink_to("/nowhere")
+    message = refused("web", "-m", "skeleton", "--", "-d", "mine")
+    assert (
+        message == f"{site.confdir}/.distributions/mine/initpost: is a symlink that leads nowhere"
+    )
+    assert left(site) == set()
+
+
+@on("ext4")
 def test_options_that_do_not_go_together_are_refused_at_once(site: Site) -> None:
     words = ["--interface", "nodev:10.0.0.5", "--interface", "nodev:10.0.0.5/24"]
     message = refused("web", "-m", "skeleton", *words)

@@ -43,6 +43,7 @@ _READ: Final = 4096  # bytes of the end of what it said
 class Debootstrap(Method):
     name: ClassVar[str] = "debootstrap"
     is_fresh: ClassVar[bool] = True
+    knows_distributions: ClassVar[bool] = True
 
     mirror: str | None = None
     script: str | None = None

@@ -65,10 +65,20 @@ class Distribution:
         self.name = name
         self._folder = confdir() / ".distributions" / name if name else None
 
+    @property
+    def is_missing(self) -> bool:
+        """Whether it was named and has no settings."""
+        return self._folder is not None and not self._folder.is_dir()
+
     def find(self, key: str) -> Path | None:
-        """The file `key` of this distribution; None where it has none."""
-        if self._folder is None or not (self._folder / key).exists():
+        """The file `key` of this distribution; None where it has none.
+
+        Raises ConfigInvalid for a symlink that leads nowhere.
+        """
+        if self._folder is None or not os.path.lexists(self._folder / key):
             return None
+        if not (self._folder / key).exists():
+            raise ConfigInvalid(f"{self._folder / key}: is a symlink that leads nowhere")
         return self._folder / key
 
     def find_file(self, name: str) -> Path | None:

@@ -43,6 +43,9 @@ class Method:
     makes_root: ClassVar[bool] = False
     """It makes the root itself, at once and on disk; else there is a folder to fill."""
 
+    knows_distributions: ClassVar[bool] = False
+    """What `distribution` names says something even without settings of that name."""
+
     distribution: str | None = None
 
     def check(self, place: Place) -> None:

@@ -147,6 +147,12 @@ def _look_around(run: _Build) -> None:
             raise WrongUsage(f"{root}: is no folder", hint="--force renames what is there")
         run.place = replace(run.place, is_used=True)
     _look_for_other_guests(run)
+    if run.place.distribution.is_missing and not run.method.knows_distributions:
+        name = run.place.distribution.name
+        raise WrongUsage(
+            f"-d {name}: there are no settings of that name",
+            hint=f"they would be in {confdir()}/.distributions/{name}",
+        )
     run.method.check(run.place)
 
 
