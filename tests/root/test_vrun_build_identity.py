@@ -12,7 +12,7 @@ from tests.fixtures.builds import KEY_KINDS, build, system
 from tests.fixtures.filesystems import Site
 from tests.fixtures.probes import need, on
 from tests.fixtures.runs import unify
-from tests.fixtures.trees import File, Folder, Row, Symlink, grow
+from tests.fixtures.trees import File, Folder, Row, Special, Symlink, grow
 from vrun.build.inside import GuestTree
 
 pytestmark = [need("immutable", "lease", "acl")]
@@ -116,3 +116,16 @@ def test_links_with_dots_are_read_while_the_machine_renames_files(site: Site) ->
             assert {tree.load("etc/resolv.conf") for _ in range(20_000)} == {b"1"}
         finally:
             renamer.kill()
+
+
+@on("ext4")
+def test_files_that_we_cannot_look_through_stay_as_they_are(site: Site) -> None:
+    hosts = b"0.0.0.0 tracker.example\n" * 100_000
+    rows: list[Row] = [File("etc/hosts", hosts), Special("etc/resolv.conf", stat.S_IFIFO)]
+    rows.append(File("etc/inittab", b"1:2345:respawn:/sbin/getty tty1\n" * 100_000))
+    source = grow(site.filesystem.folder / "source", rows)
+    build("web", "-m", "rsync", "--", "-s", source)
+    etc = site.root("web") / "etc"
+    assert (etc / "hosts").read_bytes() == hosts
+    assert (etc / "inittab").stat().st_size == (source / "etc/inittab").stat().st_size
+    assert stat.S_ISFIFO((etc / "resolv.conf").stat().st_mode)

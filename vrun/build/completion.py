@@ -63,9 +63,9 @@ def complete(tree: GuestTree, distribution: Distribution) -> None:
         if not tree.has(f"dev/{device.name}"):
             _make_device(tree, device)
     for name in _FILES:
-        if not tree.load(f"etc/{name}"):
+        if tree.is_blank(f"etc/{name}"):
             _lay_down(tree, name, distribution)
-    if not tree.load("etc/hosts"):
+    if tree.is_blank("etc/hosts"):
         tree.put("etc/hosts", _HOSTS.encode())
 
 
@@ -130,7 +130,9 @@ def find_missing_init(tree: GuestTree, style: str) -> str | None:
 
 def _make_name_known(tree: GuestTree, hostname: str, address: str) -> None:
     """See that the guest can resolve its own name: sudo(8) and mail servers ask for it."""
-    text = tree.load("etc/hosts") or b""
+    text = tree.load("etc/hosts")
+    if text is None:
+        return  # too large, or no file: left as it is
     rows = [row.partition(b"#")[0].split() for row in text.splitlines()]
     if any(hostname.encode() in row[1:] for row in rows):
         return

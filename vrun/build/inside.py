@@ -24,6 +24,7 @@ _RESOLVE: Final = syscalls.RESOLVE_IN_ROOT | syscalls.RESOLVE_NO_MAGICLINKS
 _FOLDER: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _NEW_FILE: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _LOOK: Final = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+_NOWHERE: Final = frozenset((errno.ENOENT, errno.ENOTDIR, errno.ELOOP))
 _MOST_BYTES: Final = 1 << 20
 
 
@@ -52,7 +53,7 @@ class GuestTree:
             # link has to be tried again since somebody on the machine renames something.
             fd = syscalls.openat2(self.fd, os.fsencode(path), flags=os.O_PATH, resolve=_RESOLVE)
         except OSError as error:
-            if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            if error.errno in _NOWHERE:
                 return None
             raise
         try:
@@ -74,12 +75,23 @@ class GuestTree:
 
     def leads_to_file(self, path: str) -> bool:
         """Whether there is a regular file at the path, by whatever links."""
+        status = self._look(path)
+        return status is not None and stat.S_ISREG(status.st_mode)
+
+    def is_blank(self, path: str) -> bool:
+        """Whether there is nothing at the path, by whatever links, or an empty file."""
+        status = self._look(path)
+        return status is None or (stat.S_ISREG(status.st_mode) and status.st_size == 0)
+
+    def _look(self, path: str) -> os.stat_result | None:
         try:
             fd = syscalls.openat2(self.fd, os.fsencode(path), flags=os.O_PATH, resolve=_RESOLVE)
-        except OSError:
-            return False
+        except OSError as error:
+            if error.errno in _NOWHERE:
+                return None
+            raise
         try:
-            return stat.S_ISREG(os.fstat(fd).st_mode)
+            return os.fstat(fd)
         finally:
             os.close(fd)
 
