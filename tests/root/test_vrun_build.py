@@ -355,6 +355,24 @@ def test_settings_of_a_distribution_that_are_not_there_are_told_of(site: Site) -
 
 
 @on("ext4")
+def test_a_guest_is_never_built_where_it_would_be_in_the_way(site: Site, tool: Tool) -> None:
+    other = site.add_guest("other", system())
+    unify(tool)
+    before = left(site)
+    root, conf = site.root("web"), site.confdir
+    for options, reason in (
+        (("--rootdir", conf), "lie in each other"),
+        (("--rootdir", conf / "web/below"), "lie in each other"),
+        (("--rootdir", conf / "below"), "lies in the guests' configuration"),
+        (("--rootdir", site.pool / "objects"), "lies in a pool"),
+        (("--confdir", root / "conf"), "lie in each other"),
+        (("--confdir", other / "conf"), "lies in the root of guest other"),
+    ):
+        assert reason in refused("web", "-m", "skeleton", *options), options
+    assert left(site) == before
+
+
+@on("ext4")
 def test_options_that_do_not_go_together_are_refused_at_once(site: Site) -> None:
     words = ["--interface", "nodev:10.0.0.5", "--interface", "nodev:10.0.0.5/24"]
     message = refused("web", "-m", "skeleton", *words)

@@ -9,7 +9,7 @@ import logging
 import os
 import stat
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -158,15 +158,32 @@ def _look_around(run: _Build) -> None:
 
 def _look_for_other_guests(run: _Build) -> None:
     root, name, xid = run.place.root.resolve(), run.place.name, run.options.guest.xid
+    config = run.options.config.resolve()
     for guest in list_guests(include_disabled=True):
-        if guest.name != name and root.is_relative_to(guest.root):
-            raise WrongUsage(f"{root}: lies in the root of guest {guest.name}")
+        for path in (root, config):
+            if guest.name != name and path.is_relative_to(guest.root):
+                raise WrongUsage(f"{path}: lies in the root of guest {guest.name}")
+    if config.is_relative_to(root) or root.is_relative_to(config):
+        raise WrongUsage(
+            f"{config}: it and the root {root} lie in each other",
+            hint="programs of the configuration are run on the host: no guest may write there",
+        )
+    for folder, what in ((confdir().resolve(), "the guests' configuration"), *_pools(root)):
+        if root.is_relative_to(folder):
+            raise WrongUsage(f"{root}: lies in {what}, {folder}")
     if xid is None:
         return
     check_xid(xid, name=name)
     owner = find_by_xid(xid)
     if owner is not None:
         raise WrongUsage(f"context {xid}: guest {owner} runs with it")
+
+
+def _pools(root: Path) -> Iterator[tuple[Path, str]]:
+    """The pool that holds the root, if one does."""
+    for folder in root.parents:
+        if (folder / "format").is_file() and (folder / "objects").is_dir():
+            yield folder, "a pool"
 
 
 def _put_away(run: _Build) -> None:
