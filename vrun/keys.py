@@ -77,10 +77,11 @@ class Keys:
     def warn_misspelt(self, known: frozenset[str]) -> None:
         """Warn of names that are none of `known` and nearly one: they would say nothing.
 
-        What is nothing like a key, a note of the administrator's, does no harm.
+        What is nothing like a key, a note of the administrator's, does no harm, nor does a key that
+        was put aside: cflags.old.
         """
         for name in sorted(self._names - known):
-            if LEFTOVER.search(name):
+            if LEFTOVER.search(name) or name.partition(".")[0] in known:
                 continue
             from difflib import get_close_matches  # few guests have such a file
 

@@ -83,7 +83,9 @@ def test_a_key_that_is_misspelt_is_named(etc: Configuration, key: str, meant: st
     assert warnings[0] == f"{named}: is no key and not read; is {meant} meant?"
 
 
-@pytest.mark.parametrize("key", ["README", "apps/own-tool/setting", "interfaces/0/comment", "x"])
+@pytest.mark.parametrize(
+    "key", ["README", "apps/own-tool/setting", "interfaces/0/comment", "x", "bcapabilities.old"]
+)
 def test_notes_beside_the_keys_do_no_harm(etc: Configuration, key: str) -> None:
     keys = {"interfaces/0/ip": "10.0.0.5", "interfaces/0/dev": "eth0", key: "of 2009"}
     assert etc.spec_of(keys).warnings == ()
