@@ -178,6 +178,19 @@ def test_systemd_leaves_a_guests_limits_alone(host: Host) -> None:
     assert host.inside("web", "echo", "well") == "well\n"
 
 
+def test_limits_of_the_slice_hold_for_all_guests(host: Host) -> None:
+    subprocess.run(
+        ["systemctl", "set-property", "--runtime", "vservers.slice", "TasksMax=20"], check=True
+    )
+    try:
+        host.add_busybox("web")
+        host.vserver("web", "start")
+        script = "for n in $(seq 30); do sleep 100 & done; wait"
+        assert "can't fork" in host.try_vserver("web", "exec", "sh", "-c", script).stderr
+    finally:
+        subprocess.run(["systemctl", "revert", "vservers.slice"], check=True)
+
+
 # --- limits: most are in tests/e2e/test_vserver_limits.py, which runs here too
 
 
