@@ -172,6 +172,8 @@ def execute_init(context: Context) -> None:
     """Let the guest's init be executed, and see that it does not end at once."""
     reports = Reports(context.reports_fd, context.loop)
     context.reports_fd, context.reports = -1, reports
+    if _waits_for_scripts(context) and context.console:
+        context.console.echo = context.audience.first
     reports.let_go()
     number = reports.wait_for_program()
     context.running_chain().close()
@@ -198,17 +200,20 @@ def _watch_init(context: Context) -> None:
 
 def await_scripts(context: Context) -> None:
     """Wait until rc scripts are done; what they print goes to the command that waits."""
-    rescue, reports = context.order.rescue, context.reports
-    if reports is None or styles.is_pid_one(context.spec, rescue) or (rescue and not rescue.argv):
+    if context.reports is None or not _waits_for_scripts(context):
         return
-    if context.console:
-        context.console.echo = context.audience.first
     try:
-        _check_end(context, reports.wait_for_end())
+        _check_end(context, context.reports.wait_for_end())
     finally:
         if context.console:
             context.console.flush()
             context.console.echo = None
+
+
+def _waits_for_scripts(context: Context) -> bool:
+    """Whether what starts the guest is to end before its start is done."""
+    rescue = context.order.rescue
+    return not styles.is_pid_one(context.spec, rescue) and (rescue is None or bool(rescue.argv))
 
 
 def await_sync(context: Context) -> None:

@@ -471,3 +471,56 @@ def test_a_caller_without_descriptors_can_start_and_stop(host: Host) -> None:
     for word in ("start", "stop"):
         subprocess.run(["sh", "-c", f"exec {VSERVER} web {word} <&- >&- 2>&-"], check=True)
     host.vserver("web", "start")
+
+
+# --- what is written and said beside
+
+
+def test_the_guests_mtab_says_what_its_fstab_mounts(host: Host) -> None:
+    fstab = "none /srv tmpfs size=1m 0 0\nnone /opt tmpfs nomtab,size=1m 0 0"
+    root = host.add_busybox("web", {**SLEEPER, "fstab": fstab, "apps/init/mtab": "/dev/hdv1 / ufs"})
+    for folder in ("srv", "opt"):
+        (root / folder).mkdir()
+    (root / "etc/mtab").write_text("of the last run")
+    host.vserver("web", "start")
+    assert (root / "etc/mtab").read_text() == "/dev/hdv1 / ufs\nnone /srv tmpfs size=1m 0 0\n"
+    host.vserver("web", "stop")
+    (root / "etc/mtab").unlink()
+    (root / "etc/mtab").symlink_to("/proc/self/mounts")
+    host.vserver("web", "start")
+    assert os.readlink(root / "etc/mtab") == "/proc/self/mounts"  # noqa: PTH115 (its text)
+
+
+def test_an_mtab_that_leads_out_of_the_guest_is_not_followed(host: Host, tmp_path: Path) -> None:
+    canary = tmp_path / "canary"
+    canary.write_text("whole")
+    root = host.add_busybox("web", {**SLEEPER, "fstab": "none /srv tmpfs size=1m 0 0"})
+    (root / "srv").mkdir()
+    (root / "etc/mtab").symlink_to(canary)
+    host.vserver("web", "start")
+    assert canary.read_text() == "whole"
+
+
+def test_how_a_guest_ends_goes_to_its_log_file_too(host: Host, tmp_path: Path) -> None:
+    log = tmp_path / "vshelper.log"
+    host.etc.set_defaults({"apps/vshelper/logfile": os.fspath(log)})
+    host.add_busybox("web")
+    host.vserver("web", "start")
+    os.kill(host.init_pid("web"), signal.SIGKILL)
+    host.wait_stopped("web")
+    assert "guest web: its init was killed by SIGKILL" in log.read_text()
+
+
+@pytest.mark.parametrize("how", ["key", "option"])
+def test_a_noisy_start_shows_number_and_addresses(host: Host, how: str) -> None:
+    host.add_busybox("web", {**SLEEPER, **({"noisy": ""} if how == "key" else {})})
+    said = host.vserver(*(["--verbose"] if how == "option" else []), "web", "start").stdout
+    assert said == f"web: context {host.state('web')['xid']}, addresses: none\n"
+
+
+def test_rc_scripts_are_traced_where_that_is_asked_for(host: Host) -> None:
+    root = host.add_busybox("web", {"apps/init/style": "sysv"})
+    write_program(root / "etc/init.d/rc", "test $1 = 6 && exec kill -9 -1; sleep 1000 &")
+    assert "+ sleep 1000" in host.vserver("--debug-sysv", "web", "start").stdout
+    host.vserver("web", "stop")
+    assert "+ sleep" not in host.vserver("web", "start").stdout
