@@ -16,15 +16,19 @@ from vrun.spec import GuestSpec, Rlimit
 
 _OOM_SCORE_ADJ: Final = Path("/proc/self/oom_score_adj")
 _OPEN_FILES: Final = 1_048_576
+_MESSAGES: Final = 819_200
 _RAISED: Final = {
+    resource.RLIMIT_AS: resource.RLIM_INFINITY,
     resource.RLIMIT_CORE: resource.RLIM_INFINITY,
     resource.RLIMIT_CPU: resource.RLIM_INFINITY,
     resource.RLIMIT_DATA: resource.RLIM_INFINITY,
     resource.RLIMIT_FSIZE: resource.RLIM_INFINITY,
     resource.RLIMIT_MEMLOCK: resource.RLIM_INFINITY,
+    resource.RLIMIT_MSGQUEUE: _MESSAGES,
     resource.RLIMIT_NOFILE: _OPEN_FILES,
     resource.RLIMIT_NPROC: resource.RLIM_INFINITY,
     resource.RLIMIT_RSS: resource.RLIM_INFINITY,
+    resource.RLIMIT_RTTIME: resource.RLIM_INFINITY,
     resource.RLIMIT_STACK: resource.RLIM_INFINITY,
 }
 """What the hard limits become that the guest's configuration does not name."""
@@ -37,6 +41,7 @@ _SOFT: Final = {
     resource.RLIMIT_DATA: resource.RLIM_INFINITY,
     resource.RLIMIT_FSIZE: resource.RLIM_INFINITY,
     resource.RLIMIT_MEMLOCK: _MEMLOCK,
+    resource.RLIMIT_MSGQUEUE: _MESSAGES,
     resource.RLIMIT_NICE: 0,
     resource.RLIMIT_NOFILE: 1024,
     resource.RLIMIT_RSS: resource.RLIM_INFINITY,
@@ -46,6 +51,8 @@ _SOFT: Final = {
 }
 """The soft ones, as the kernel gives them to its first process (INIT_RLIMITS of asm-generic/
 resource.h): what the caller may have set for itself is not handed on."""
+_LOWERED: Final = (resource.RLIMIT_NICE, resource.RLIMIT_RTPRIO)
+"""Those whose hard limit is 0 too: a process could else go ahead of all others."""
 _CALCULATED: Final = (resource.RLIMIT_NPROC, resource.RLIMIT_SIGPENDING)
 """Those that the kernel takes from the size of the memory: as process 1 has them."""
 
@@ -80,7 +87,7 @@ def set_rlimits(limits: tuple[Rlimit, ...]) -> None:
             _raise_hard(number, hard)
     for number, soft in _defaults():
         if number not in named:
-            hard = resource.getrlimit(number)[1]
+            hard = 0 if number in _LOWERED else resource.getrlimit(number)[1]
             resource.setrlimit(number, (hard if _is_above(soft, hard) else soft, hard))
     for limit in limits:
         _set_rlimit(limit)

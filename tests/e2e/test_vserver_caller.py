@@ -40,6 +40,9 @@ open("/proc/self/oom_score_adj", "w").write("300")
 ctypes = __import__("ctypes").CDLL(None)
 ctypes.personality(0x0020000)  # UNAME26
 resource.setrlimit(resource.RLIMIT_STACK, (1 << 20, resource.RLIM_INFINITY))
+hard = resource.getrlimit(resource.RLIMIT_MSGQUEUE)[1]
+resource.setrlimit(resource.RLIMIT_MSGQUEUE, (1000, hard))
+resource.setrlimit(resource.RLIMIT_AS, (1 << 34, resource.RLIM_INFINITY))
 resource.setrlimit(resource.RLIMIT_CORE, (4096, resource.RLIM_INFINITY))
 resource.setrlimit(resource.RLIMIT_NOFILE, (200, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
 os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
