@@ -22,6 +22,7 @@ pytestmark = need("immutable", "lease")
 
 _OLD: Final = b"old content of the file" * 99
 _NEW: Final = b"new content of the file" * 99
+_TRIES: Final = 5
 
 
 def _rewrite(path: Path, content: bytes) -> None:
@@ -101,11 +102,14 @@ def test_a_store_to_a_dirty_mapped_page_is_seen_although_it_changes_no_time(
     site.add_guest("db", [File("a", b"1" * 23 + b"0" * (size - 23))])
     site.add_guest("mail", [File("a", b"2" * 23 + b"0" * (size - 23))])
     with mapped(web / "a") as process:
-        store(process, "3" * 23)
-        stored = (web / "a").stat()
-        sleep(SETTLED_S)
-        store(process, "1" * 23)
-        again = (web / "a").stat()
+        for _ in range(_TRIES):
+            store(process, "3" * 23)
+            stored = (web / "a").stat()
+            sleep(SETTLED_S)
+            store(process, "1" * 23)
+            again = (web / "a").stat()
+            if again.st_ctime_ns == stored.st_ctime_ns:  # else somebody's sync(1) came between
+                break
         assert (again.st_mtime_ns, again.st_ctime_ns) == (stored.st_mtime_ns, stored.st_ctime_ns)
         assert unify(tool, "--all", "--ignore-mtime").skipped["busy"] == 1
         assert inode_of(web / "a") not in _known(site)
