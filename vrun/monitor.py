@@ -255,9 +255,15 @@ class Monitor:
         else:
             hint = None
             message = f"guest {self._guest.name}: its start was given up: {error}"
-        state.write_ended(self._guest.name, Ended("failed", None, message))
+        self._keep(Ended("failed", None, message))
         self._audience.note(message)
         self._failure = Outcome(1, message, hint)
+
+    def _keep(self, ended: Ended) -> None:
+        try:
+            state.write_ended(self._guest.name, ended)
+        except OSError as error:
+            self._audience.warn(f"guest {self._guest.name}: cannot note how it ended: {error}")
 
     def _stay(self, context: Context) -> None:
         """Watch the guest until it ends or is to be stopped, and take back what it had."""
@@ -288,7 +294,7 @@ class Monitor:
         is_needed = context.is_ours or not was_asked  # the kernel may take long to tell
         status = context.init_status() if is_needed else None
         ended = ending.describe(status, was_asked=was_asked, is_ours=context.is_ours)
-        state.write_ended(self._guest.name, ended)
+        self._keep(ended)
         self._audience.note(f"guest {self._guest.name}: {ended.text}")
         return ended
 

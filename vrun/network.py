@@ -28,8 +28,10 @@ _MADE_UP: Final = "vs{}-{}"
 """The host's end of a pair that no file names, by the guest's number and a count."""
 
 
-def bring_up(name: str, addresses: Sequence[Address]) -> None:
+def bring_up(name: str, addresses: Sequence[Address]) -> list[str]:
     """Give the host the addresses of the guest `name` that it does not have yet.
+
+    Returns what an administrator should know of them.
 
     VLAN and tun or tap devices are made, and devices set up. An address that has no device in the
     configuration must be there. Raises ToolError, with nothing of the guest left, for that, for a
@@ -39,8 +41,9 @@ def bring_up(name: str, addresses: Sequence[Address]) -> None:
         if address.device is None:
             _check_local(address)
     wanted = [address for address in addresses if address.device is not None]
+    notes: list[str] = []
     if not wanted:
-        return
+        return notes
     with ExitStack() as stack:
         probes = [(address, stack.enter_context(probe)) for address, probe in _ask(wanted)]
         for address, probe in probes:
@@ -49,10 +52,11 @@ def bring_up(name: str, addresses: Sequence[Address]) -> None:
         host = stack.enter_context(_Namespace())
         try:
             for address in wanted:
-                _add_on_host(host, claims, name, address)
+                notes += _add_on_host(host, claims, name, address)
         except BaseException:
             _release(host, claims, name)
             raise
+    return notes
 
 
 def take_down(name: str) -> None:
@@ -321,14 +325,22 @@ def _is_local(ip: IPv4Address | IPv6Address) -> bool:
     return True
 
 
-def _add_on_host(host: _Namespace, claims: Claims, name: str, address: Address) -> None:
+def _add_on_host(host: _Namespace, claims: Claims, name: str, address: Address) -> list[str]:
     device = address.device or ""
     if address.vlan or address.tuntap:
         _make_device(host, claims, name, address)
     peer = "" if address.peer is None else str(address.peer)
     thing = Thing("address", device, f"{address.ip}/{address.prefix}", peer)
-    claims.add(thing, name, exists=host.has_address(address))
+    exists = host.has_address(address)
+    claims.add(thing, name, exists=exists)
+    notes = []
+    if not exists and _is_local(address.ip):
+        notes.append(
+            f"{_where(address)}: this host has the address {address.ip} already, with another "
+            f"device or prefix; {device} gets it too"
+        )
     host.add_address(address)
+    return notes
 
 
 def _make_device(host: _Namespace, claims: Claims, name: str, address: Address) -> None:

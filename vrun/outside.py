@@ -10,7 +10,7 @@ import signal
 import stat
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from vrun import (
     cgroup,
@@ -216,7 +216,9 @@ def add_addresses(context: Context) -> None:
     if spec.addresses and not spec.has_own_network:
         from vrun import child
 
-        child.call(context.loop, partial(_network_call, "bring_up", spec.name, spec.addresses))
+        work = partial(_network_call, "bring_up", spec.name, spec.addresses)
+        for text in child.call(context.loop, work):
+            context.audience.warn(f"guest {spec.name}: {text}")
 
 
 def remove_addresses(context: Context) -> None:
@@ -232,11 +234,11 @@ def remove_addresses(context: Context) -> None:
         child.call(context.loop, partial(_network_call, "take_down", context.spec.name))
 
 
-def _network_call(function: str, *arguments: object) -> None:
+def _network_call(function: str, *arguments: object) -> Any:
     """In a child: what it imports of pyroute2 is not to be kept for years."""
     from vrun import network
 
-    getattr(network, function)(*arguments)
+    return getattr(network, function)(*arguments)
 
 
 def restrict_network(context: Context) -> None:

@@ -159,6 +159,18 @@ def test_an_address_without_a_device_must_be_the_hosts(lab: Lab) -> None:
         _bring_up(lab, "web", _address("fd09::77/128", None))
 
 
+def test_an_address_that_the_host_has_elsewhere_is_added_and_said(lab: Lab) -> None:
+    said = lab.call(lambda: network.bring_up("web", [_address("10.9.0.1/32", "lo")]))
+    assert said == [
+        "interfaces/0: this host has the address 10.9.0.1 already, with another device or prefix; "
+        "lo gets it too"
+    ]
+    assert "10.9.0.1/32" in lab.addresses("lo")
+    _take_down(lab, "web")
+    assert lab.addresses() == _BEFORE
+    assert lab.call(lambda: network.bring_up("web", [_address("10.9.0.1/24")])) == []
+
+
 @pytest.mark.parametrize("taken", ["10.9.0.5/24", "fd09::5/64"])
 def test_an_address_that_another_machine_answers_for_is_refused(lab: Lab, taken: str) -> None:
     with empty_lab() as other:
