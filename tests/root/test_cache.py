@@ -10,7 +10,13 @@ from time import monotonic, sleep
 from typing import Final
 
 from tests.conftest import Tool
-from tests.fixtures.filesystems import Site, is_immutable, mount_image, private_folder
+from tests.fixtures.filesystems import (
+    Site,
+    is_immutable,
+    mount_image,
+    mount_loop,
+    private_folder,
+)
 from tests.fixtures.hostile import mapped, store
 from tests.fixtures.notify import watched
 from tests.fixtures.probes import need, on
@@ -242,7 +248,7 @@ def test_an_index_is_good_after_the_file_system_was_mounted_on_another_device(
         unify(tool, "--all", "--pool", mount / "pool")
         number = mount.stat().st_dev
         with _taken_from(mount, folder / "other.img"):
-            subprocess.run(["mount", "-o", "loop", image, mount], check=True)
+            mount_loop(image, mount)
             assert mount.stat().st_dev != number
             with watched(mount / "web") as seen, watched(mount / "db") as seen_too:
                 unify(tool, "--all", "--pool", mount / "pool")

@@ -22,6 +22,7 @@ from tests.fixtures.filesystems import (
     Site,
     make_site,
     mount_image,
+    mount_loop,
     remove,
 )
 from tests.fixtures.probes import is_soak, need, on, scaled
@@ -55,7 +56,7 @@ class Box:
     @contextmanager
     def as_it_was(self, clone: Path) -> Iterator[None]:
         """The clone stands in the place of the file system, its journal replayed."""
-        subprocess.run(["mount", "-t", self.kind, "-o", "loop", clone, self.mount], check=True)
+        mount_loop(clone, self.mount)
         try:
             yield
         finally:
