@@ -324,8 +324,10 @@ class Monitor:
         running = find_running(name)
         if running is None:
             raise ToolError(f"guest {name}: has ended just now")
-        context = self._new_context(self._load_spec_anyhow())
-        context.resources = state.load_resources(name) or state.Resources(running.xid)
+        resources = state.load_resources(name) or state.Resources(running.xid)
+        self._order = replace(self._order, profile=resources.profile)
+        context = self._new_context(self._load_spec_anyhow(resources.profile))
+        context.resources = resources
         made = context.resources.cgroup
         context.group = Group.from_record(made) if made else Group.load(running.cgroup)
         context.group.take_monitor()
@@ -339,10 +341,10 @@ class Monitor:
             self._tell(Outcome(0))
         self._stay(context)
 
-    def _load_spec_anyhow(self) -> GuestSpec:
+    def _load_spec_anyhow(self, profile: str | None) -> GuestSpec:
         """Its settings; a guest that runs must be stoppable when they cannot be read any more."""
         try:
-            return load_spec(self._guest, profile=self._order.profile)
+            return load_spec(self._guest, profile=profile)
         except ToolError as error:
             self._audience.warn(error.message)
             return GuestSpec(name=self._guest.name, root=self._guest.root)
@@ -370,7 +372,7 @@ class Monitor:
         name = self._guest.name
         resources = state.load_resources(name)
         if resources is not None:
-            context = self._new_context(self._load_spec_anyhow())
+            context = self._new_context(self._load_spec_anyhow(resources.profile))
             context.resources = resources
             stop.clean(context)
         state.forget_run(name)

@@ -145,7 +145,7 @@ def prepare_tree(context: Context) -> None:
 
 def take_number(context: Context) -> None:
     def keep(xid: int) -> None:
-        context.resources = replace(context.resources, xid=xid)
+        context.resources = state.Resources(xid, profile=context.order.profile)
         state.write_resources(context.spec.name, context.resources)  # its cgroup is found by it
 
     state.reserve_xid(context.spec.name, context.spec.xid, is_taken=_has_group, note=keep)

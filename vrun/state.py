@@ -47,6 +47,8 @@ class Resources:
     xid: int
     cgroup: Mapping[str, Any] = field(default_factory=dict)
     network: Mapping[str, Any] = field(default_factory=dict)
+    profile: str | None = None
+    """What PROFILE was when the configuration was read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +118,7 @@ def write_resources(name: str, resources: Resources) -> None:
         "xid": resources.xid,
         "cgroup": dict(resources.cgroup),
         "network": dict(resources.network),
+        "profile": resources.profile,
     }
     _replace(run_folder(name) / _RESOURCES, values)
 
@@ -134,6 +137,7 @@ def load_resources(name: str) -> Resources | None:
             xid=int(values["xid"]),
             cgroup=dict(values["cgroup"]),
             network=dict(values["network"]),
+            profile=values.get("profile"),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigInvalid(f"{path}: key missing or of the wrong kind: {error}") from error

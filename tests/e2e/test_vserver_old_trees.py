@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,13 @@ import pytest
 
 from tests.fixtures.guestconfig import Keys, write_program
 from tests.fixtures.probes import need
-from tests.fixtures.vservers import Host, grow_busybox, host_for_guests
+from tests.fixtures.vservers import (
+    Host,
+    grow_busybox,
+    host_for_guests,
+    is_alive,
+    wait_until,
+)
 
 pytestmark = need("root")
 
@@ -172,3 +179,15 @@ def test_an_old_file_with_a_profile_and_hooks(host: Host, network: str) -> None:
     host.vserver("shop", "stop")
     phases = ["pre-start", "post-start", "pre-stop", "post-stop"]
     assert notes.read_text().splitlines() == [f"{phase} shop" for phase in phases * 2]
+
+
+def test_a_monitor_that_takes_over_reads_the_profile_that_was_started(host: Host) -> None:
+    _add_tree(host, "shop")
+    text = "case $PROFILE in backup) S_HOSTNAME=shop;; *) exit 3;; esac\n"
+    host.etc.add_old_guest("shop", text)
+    host.names.append("shop")
+    host.vserver("--profile", "backup", "shop", "start")
+    monitor = host.monitor_pid("shop")
+    os.kill(monitor, signal.SIGKILL)
+    wait_until(lambda: not is_alive(monitor))
+    assert host.vserver("shop", "stop").stderr == ""
