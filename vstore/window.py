@@ -100,6 +100,7 @@ class Windows:
         self._linger_s = 0.0
         self._most_lingering = find_linger_limit()
         self._lingering: deque[tuple[float, bytes, list[int]]] = deque()
+        self._lingering_fds = 0
         self._unsettled: set[int] = set()  # thawed, or frozen while somebody still waits
         self._kept: set[int] = set()  # of them those whose batch is over
         self._is_doubtful = False
@@ -219,7 +220,7 @@ class Windows:
         Called before a guest is held still, so that `guard` need not wait then.
         """
         self._expire(time.monotonic())
-        while sum([len(fds) for _, _, fds in self._lingering]) > self._most_lingering:
+        while self._lingering_fds > self._most_lingering:
             self._wait_and_expire()
 
     def idle(self) -> float | None:
@@ -228,6 +229,11 @@ class Windows:
         """
         self._expire(time.monotonic())
         return max(0.0, self._lingering[0][0] - time.monotonic()) if self._lingering else None
+
+    @property
+    def next_due(self) -> float | None:
+        """When the next leases are to be let go (monotonic clock); None where none linger."""
+        return self._lingering[0][0] if self._lingering else None
 
     def let_all_go(self) -> None:
         """Let the lingering leases go, each in its time: before this process is busy for long."""
@@ -254,6 +260,7 @@ class Windows:
     def _expire(self, now: float) -> None:
         while self._lingering and self._lingering[0][0] <= now:
             _, key, fds = self._lingering.popleft()
+            self._lingering_fds -= len(fds)
             kept = self._release(key, fds)
             for fd in fds:
                 if fd not in kept:
@@ -270,6 +277,7 @@ class Windows:
         for fd in self._unsettled.intersection(fds):
             self._is_doubtful |= not self._settle(fd)
         self._lingering.append((time.monotonic() + linger_s, key, fds))
+        self._lingering_fds += len(fds)
         return set(fds)
 
     def _release(self, key: bytes, fds: list[int]) -> set[int]:

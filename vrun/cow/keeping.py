@@ -1,0 +1,190 @@
+"""The monitor's side of a supervisor: fork it, keep what it must not lose, start it again.
+
+The monitor holds the listeners, the page with the call in work, the stage in the pool and a copy of
+every lease. When the supervisor is killed a new one gets all of that: first it closes the windows
+that were open, then it answers the call that was in work, then it goes on.
+"""
+
+import os
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Final
+
+from vrun.control import Connection, pair
+from vrun.cow.notifications import Page
+from vrun.cow.supervisor import (
+    ATTACK,
+    LISTENER,
+    SETTLED,
+    WARN,
+    Duty,
+    allow_open_files,
+    be_supervisor,
+)
+from vrun.errors import ToolError
+from vrun.loop import Loop
+from vstore.keeper import Keeper
+from vstore.pool import Pool
+from vstore.record import dataclass
+from vstore.recovery import settle_stage
+from vstore.window import LINGER_S
+
+_AGAIN_S: Final = 0.2
+"""A supervisor that ends sooner than this after its start is held back for so long."""
+_MOST_REMEMBERED: Final = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Attacker:
+    """A process of the guest that tried to write to a shared file inside a window."""
+
+    pid: int
+    command: str
+
+
+class Supervision:
+    """Of one guest, as long as it runs."""
+
+    def __init__(
+        self,
+        pool: Path,
+        loop: Loop,
+        note: Callable[[str], None],
+        *,
+        linger_s: float = LINGER_S,
+    ) -> None:
+        """`note` gets what an administrator should read; `linger_s` is how long leases outlive
+        their windows. Raises OSError, ToolError.
+        """
+        self._linger_s = linger_s
+        allow_open_files()
+        self._pool_path = pool
+        self._loop = loop
+        self._note = note
+        self._stack = ExitStack()
+        self._pool = self._stack.enter_context(Pool.load(pool))
+        (self._stage_fd,) = self._stack.enter_context(self._pool.stage(1))
+        self._page = Page()
+        self._listeners: list[int] = []
+        self._keeper: Keeper | None = None
+        self._bequest: Keeper | None = None
+        self._control: Connection | None = None
+        self._is_settled = False
+        self._began_s = 0.0
+        self.pid = 0
+        """Of the supervisor; 0: there is none."""
+        self.attackers: list[Attacker] = []
+        self.attacks = 0
+        """How many there were, of which the last ones are in `attackers`."""
+
+    # --- the guest's processes
+
+    def add(self, listener_fd: int) -> None:
+        """Have calls served that wait at that listener, which belongs to this from now on."""
+        self._listeners.append(listener_fd)
+        if self._control is not None:
+            self._control.send(LISTENER, fds=(listener_fd,))
+
+    # --- the supervisor
+
+    def start(self) -> None:
+        """Fork the supervisor, and wait until it serves. Raises ToolError, Aborted."""
+        self._fork()
+        self._loop.wait(lambda: self._is_settled or not self.pid)
+        if not self.pid:
+            raise ToolError("its supervisor does not work")
+
+    def _fork(self) -> None:
+        near, far = pair()
+        keeper = Keeper()
+        duty = Duty(
+            pool=self._pool_path,
+            page=self._page,
+            listeners=list(self._listeners),
+            stage_fd=self._stage_fd,
+            keeper=keeper.holder_socket,
+            control=far,
+            bequest=self._bequest,
+            linger_s=self._linger_s,
+        )
+        self._is_settled = False
+        self._began_s = time.monotonic()
+        self.pid = self._loop.fork(keep=[fd for fd in duty.fds() if fd >= 0])
+        if self.pid == 0:
+            be_supervisor(duty)
+        far.close()
+        keeper.holder_socket.close()
+        self._keeper, self._control = keeper, near
+        near.socket.setblocking(False)
+        self._loop.watch(keeper.fileno(), keeper.drain)
+        self._loop.watch(near.socket.fileno(), self._hear)
+
+    def _hear(self) -> None:
+        if self._control is None:
+            return
+        match self._control.receive():
+            case [word] if word == SETTLED:
+                self._is_settled = True
+                if self._bequest is not None:
+                    self._bequest.close()
+                    self._bequest = None
+            case [word, pid, command] if word == ATTACK:
+                self.attacks += 1
+                self.attackers = [*self.attackers, Attacker(int(pid), command)][-_MOST_REMEMBERED:]
+                self._note(
+                    f"attack: process {pid} ({command}) tried to open a shared file for writing"
+                    " inside a window; killed"
+                )
+            case [word, text] if word == WARN:
+                self._note(text)
+            case None:
+                self._ended()
+            case _:
+                pass
+
+    def _ended(self) -> None:
+        """The supervisor is dead: what it held is put right by the next one."""
+        self._forget()
+        self._note("its supervisor was killed; starting another")
+        if time.monotonic() - self._began_s < _AGAIN_S:
+            time.sleep(_AGAIN_S)
+        self._fork()
+
+    def _forget(self) -> None:
+        """Take down what belongs to this supervisor; its leases are kept for the next one."""
+        if self._control is not None:
+            self._loop.unwatch(self._control.socket.fileno())
+            self._control.close()
+            self._control = None
+        if self._keeper is not None:
+            self._loop.unwatch(self._keeper.fileno())
+            self._keeper.drain()
+            if self._bequest is None:
+                self._bequest = self._keeper
+            else:
+                self._bequest.join(self._keeper)
+            self._keeper = None
+        self.pid = 0
+
+    def close(self) -> None:
+        """No process of the guest is left: end the supervisor, and put right what it held.
+
+        Raises OSError, ToolError.
+        """
+        control, self._control = self._control, None
+        if control is not None:
+            self._loop.unwatch(control.socket.fileno())
+            control.close()
+        for fd in self._listeners:
+            if fd >= 0:
+                os.close(fd)
+        self._listeners.clear()
+        if self.pid:
+            self._loop.wait_child(self.pid)
+        self._forget()
+        if self._bequest is not None:
+            self._bequest.take_over(lambda leased: settle_stage(self._pool, self._stage_fd, leased))
+            self._bequest.close()
+        self._stack.close()
