@@ -7,6 +7,7 @@ descriptor is replaced by one of the copy, open in the same way and at the same 
 
 import os
 import struct
+import time
 from typing import Final
 
 from vrun.cow import kernel, rights
@@ -54,6 +55,22 @@ def _touch(desk: Desk, *, is_now: bool) -> Check:
             rights.check_access(desk.roots.proc_fd, fd, os.W_OK)
 
     return check
+
+
+def _set_times(access_s: int, access_ns: int, change_s: int, change_ns: int) -> Check:
+    def act(fd: int) -> None:
+        status = os.fstat(fd)
+        wanted = []
+        for (seconds, ns), old in zip(
+            ((access_s, access_ns), (change_s, change_ns)),
+            (status.st_atime_ns, status.st_mtime_ns),
+            strict=True,
+        ):
+            special = {_UTIME_NOW: time.time_ns(), _UTIME_OMIT: old}
+            wanted.append(special.get(ns, seconds * 10**9 + ns))
+        os.utime(fd, ns=(wanted[0], wanted[1]))
+
+    return act
 
 
 def _wide(number: int) -> int:
@@ -106,7 +123,7 @@ def futimesat(desk: Desk, asked: Asked, directory: int, address: int, times: int
 def utimensat(
     desk: Desk, asked: Asked, directory: int, address: int, times: int, flags: int
 ) -> None:
-    is_now = not times
+    is_now, act = not times, None
     if times:
         is_narrow = asked.call.arch in NARROW
         layout = struct.Struct("=4i" if is_narrow and not asked.is_time64 else "=4q")
@@ -117,9 +134,10 @@ def utimensat(
         if access == change == _UTIME_OMIT:
             return  # does nothing, whatever it is asked for
         is_now = access == change == _UTIME_NOW
+        act = _set_times(*layout.unpack(data))
     check = _touch(desk, is_now=is_now)
     if address:
-        _change(desk, asked, directory, address, flags, check)
+        _change(desk, asked, directory, address, flags, check, act)
     else:
         _change_open(desk, asked, directory, check)
 
@@ -175,13 +193,20 @@ def _remove_xattr(asked: Asked, name: int) -> Check | None:
 
 
 def _change(
-    desk: Desk, asked: Asked, directory: int, address: int, flags: int, check: Check
+    desk: Desk,
+    asked: Asked,
+    directory: int,
+    address: int,
+    flags: int,
+    check: Check,
+    act: Check | None = None,
 ) -> None:
     if flags & AT_EMPTY_PATH and desk.is_empty(asked.call, address):
         _change_open(desk, asked, directory, check)
         return
     if not desk.is_plain(asked.call, directory, address, flags & NOFOLLOW):
-        desk.break_path(asked, directory, address, check, follow=not flags & NOFOLLOW)
+        follow = not flags & NOFOLLOW
+        desk.break_path(asked, directory, address, check, follow=follow, act=act or check)
 
 
 # --- through a descriptor
@@ -254,14 +279,13 @@ def _break_open(
     """
     wanted = flags & _REOPENED
     desk.roots.enter(asked.call.tid)
-    if not desk.find_name(place, status, ino):
+    if not desk.find_name(place, ino):
         desk.roots.go_home()
         with desk.telling():
             return _copy_of_deleted(desk, place.fd, status, check, wanted)
     target = Target(place.folder_fd, place.name, ino, status.credentials)
-    desk.break_found(asked, target, check, at_once=True)
-    now = os.stat(place.name, dir_fd=place.folder_fd, follow_symlinks=False)
-    return open_regular(desk.shop, place.folder_fd, place.name, now.st_ino, wanted)
+    copy_ino = desk.break_found(asked, target, check, at_once=True)
+    return open_regular(desk.shop, place.folder_fd, place.name, copy_ino, wanted)
 
 
 def _copy_of_deleted(

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from typing import Final
 
 from vrun.cow import kernel, paths, rights
-from vrun.cow.breaking import Break, Changed, Check, Target, Workshop
+from vrun.cow.breaking import Break, Changed, Check, Target, Workshop, open_regular
 from vrun.cow.notifications import Call, Gone, Listener
 from vrun.errors import ToolError
 from vstore.record import dataclass
@@ -63,7 +63,8 @@ class Found:
     place: paths.Place
     ino: int
     status: rights.Status
-    text: bytes
+    is_by_descriptor: bool = False
+    """The path led through a descriptor, which goes on showing the shared file."""
 
     @property
     def target(self) -> Target:
@@ -114,24 +115,24 @@ class Desk:
         """
         place = None
         try:
-            place, status, text = self.walk(asked, directory, address, follow=follow)
-            yield self._as_found(place, status, text) if place is not None else None
+            place, status = self.walk(asked, directory, address, follow=follow)
+            yield self._as_found(place, status) if place is not None else None
         finally:
             if place is not None:
                 place.close()
 
     def walk(
         self, asked: Asked, directory: int, address: int, *, follow: bool
-    ) -> tuple[paths.Place | None, rights.Status, bytes]:
-        """Where a path of the caller leads, his rights, and the path. Raises OSError, Gone."""
+    ) -> tuple[paths.Place | None, rights.Status]:
+        """Where a path of the caller leads, and his rights. Raises OSError, Gone."""
         tid = asked.call.tid
         status = self.load_status(asked)
         text = kernel.read_text(tid, address)
         asked.listener.check(asked.call.id)
         if not text:
-            return None, status, b""
+            return None, status
         caller = paths.Caller(self.roots, self.shop.own, status, tid)
-        return paths.walk(caller, directory, text, follow=follow), status, text
+        return paths.walk(caller, directory, text, follow=follow), status
 
     def load_status(self, asked: Asked) -> rights.Status:
         """Of the caller. Raises Gone."""
@@ -142,15 +143,16 @@ class Desk:
         asked.listener.check(asked.call.id)
         return status
 
-    def _as_found(self, place: paths.Place, status: rights.Status, text: bytes) -> Found | None:
+    def _as_found(self, place: paths.Place, status: rights.Status) -> Found | None:
         if place.fd < 0:
             return None
         ino = self.frozen_ino(place.fd)
         if ino is None:
             return None
-        if place.folder_fd < 0 and not self.find_name(place, status, ino):
+        is_by_descriptor = place.folder_fd < 0
+        if is_by_descriptor and not self.find_name(place, ino):
             return None
-        return Found(place, ino, status, text)
+        return Found(place, ino, status, is_by_descriptor)
 
     def frozen_ino(self, fd: int) -> int | None:
         """The number of the inode behind `fd` if it is a frozen file on the pool's file system."""
@@ -159,7 +161,7 @@ class Desk:
             return None
         return ino if kernel.device_and_mount()[0] == self.shop.pool.device else None
 
-    def find_name(self, place: paths.Place, status: rights.Status, ino: int) -> bool:
+    def find_name(self, place: paths.Place, ino: int) -> bool:
         """Give `place`, which has only a descriptor, the folder and name that it was opened by;
         False where the file has no such name any more.
 
@@ -191,9 +193,13 @@ class Desk:
         *,
         follow: bool = True,
         is_emptied: bool = False,
+        act: Check | None = None,
     ) -> None:
         """Break the link of the name that a path leads to, if it is frozen and the caller may do
         what `check` tries. Afterwards the call can go on.
+
+        `act` does what the call does, through a descriptor: where the caller's own would show the
+        shared file.
 
         Raises Answered, Deferred, Gone; OSError of a walk that fails as the call itself will.
         """
@@ -202,10 +208,22 @@ class Desk:
                 if found is None:
                     return
                 try:
-                    self.break_found(asked, found.target, check, is_emptied=is_emptied)
+                    ino = self.break_found(asked, found.target, check, is_emptied=is_emptied)
+                    if found.is_by_descriptor and act is not None:
+                        self._act(found.target, ino, act)
                 except Changed:
                     continue
                 return
+
+    def _act(self, target: Target, ino: int, act: Check) -> None:
+        """Only on the copy: the caller may have no right to what somebody puts in its place."""
+        fd = open_regular(self.shop, target.folder_fd, target.name, ino, os.O_RDWR)
+        try:
+            with self.telling(), self.shop.own.given_up_for(target.credentials):
+                act(fd)
+        finally:
+            os.close(fd)
+        raise Answered
 
     def break_found(
         self,
@@ -215,10 +233,10 @@ class Desk:
         *,
         is_emptied: bool = False,
         at_once: bool = False,
-    ) -> None:
+    ) -> int:
         """As break_path(), for what was found; `at_once` if the call cannot be served once more.
 
-        Raises Changed besides.
+        Gives the number of the private inode. Raises Changed besides.
         """
         with self.telling():
             self.wait_for_copy(asked, target.ino)
@@ -232,10 +250,12 @@ class Desk:
                         if not is_ours:
                             raise Deferred
                     work.fill()
+                ino = work.copy_ino
                 work.finish()
             finally:
                 if is_ours:
                     work.close()
+        return ino
 
     def wait_for_copy(self, asked: Asked, ino: int) -> None:
         """Raise Deferred where another process copies that inode; the call comes again then."""

@@ -73,7 +73,7 @@ def _both(
     with ExitStack() as stack:
         places, frozen = [], []
         for path in (old, new):
-            place, status, text = desk.walk(asked, *path, follow=False)
+            place, status = desk.walk(asked, *path, follow=False)
             if place is None:
                 yield [], []
                 return
@@ -81,7 +81,7 @@ def _both(
             places.append(place)
             ino = desk.frozen_ino(place.fd) if place.fd >= 0 else None
             if ino is not None:
-                frozen.append(Found(place, ino, status, text))
+                frozen.append(Found(place, ino, status))
         yield frozen, places
 
 
@@ -157,7 +157,7 @@ def linkat(
         return  # names nothing that could be broken: EPERM for a frozen file
     if desk.is_plain(asked.call, directory, address, 0 if follow else NOFOLLOW):
         return
-    place, status, _ = desk.walk(asked, new_directory, new_address, follow=False)
+    place, status = desk.walk(asked, new_directory, new_address, follow=False)
     if place is None:
         return
     try:

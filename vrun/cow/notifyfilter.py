@@ -19,6 +19,7 @@ from typing import Any, Final
 
 from vrun import syscalls
 from vrun.cow.kernel import AT_REMOVEDIR
+from vrun.cow.numbers import ARCHITECTURES, TABLES
 from vrun.errors import NotPermitted
 
 _LISTENER: Final = syscalls.SECCOMP_FILTER_FLAG_NEW_LISTENER
@@ -52,6 +53,7 @@ _BINARY_TREE: Final = 2  # SCMP_FLTATR_CTL_OPTIMIZE
 _INSTRUCTION: Final = struct.Struct("=HBBI")  # linux/filter.h
 _LOAD_NUMBER: Final = _INSTRUCTION.pack(0x20, 0, 0, 0)
 _RETURN_ERRNO: Final = 0x00050000
+_RETURN_ALLOW: Final = 0x7FFF0000
 
 
 def cached_program(folder: Path) -> bytes:
@@ -106,8 +108,17 @@ def compile_program() -> bytes:
 
 
 def _prelude() -> bytes:
-    code = _LOAD_NUMBER
+    """Lets opens for reading pass before all else, and refuses what libseccomp does not know."""
     refuse = _INSTRUCTION.pack(0x06, 0, 0, _RETURN_ERRNO | errno.ENOSYS)
+    code = b""
+    for arch in ARCHITECTURES[:1]:
+        code += _INSTRUCTION.pack(0x20, 0, 0, 4)  # ld [arch]
+        code += _INSTRUCTION.pack(0x15, 0, 5, arch)  # jeq, else over all of this
+        code += _LOAD_NUMBER + _INSTRUCTION.pack(0x15, 0, 3, TABLES[arch]["openat"])
+        code += _INSTRUCTION.pack(0x20, 0, 0, 32)  # ld [low half of args[2]]
+        code += _INSTRUCTION.pack(0x45, 1, 0, os.O_ACCMODE | os.O_TRUNC)  # jset
+        code += _INSTRUCTION.pack(0x06, 0, 0, _RETURN_ALLOW)
+    code += _LOAD_NUMBER
     for number in _GONE.values():
         code += _INSTRUCTION.pack(0x15, 0, 1, number) + refuse  # jeq, else over the next
     return code

@@ -54,7 +54,7 @@ TABLES: Final = {
 }
 """By the architecture that a notification states, the number of each call."""
 
-ARCHITECTURES: Final = {
+ARCHITECTURES: Final[tuple[int, ...]] = {
     "x86_64": (AUDIT_ARCH_X86_64, AUDIT_ARCH_I386),
     "aarch64": (AUDIT_ARCH_AARCH64, AUDIT_ARCH_ARM),
 }.get(os.uname().machine, ())

@@ -2,7 +2,8 @@
 
 Where O_TRUNC makes the content go anyhow nothing is copied. The name gets an empty file, and the
 caller a descriptor of it; the descriptor's number is taken first, so that a caller who may open no
-more files loses nothing.
+more files loses nothing. Who opens a file by way of a descriptor (/dev/stdout) gets one of the copy
+too, since the one that he has goes on showing the shared file.
 """
 
 import os
@@ -28,17 +29,18 @@ def openat(desk: Desk, asked: Asked, directory: int, address: int, flags: int) -
     if flags & os.O_DIRECTORY:
         return  # ENOTDIR
     check = _access_check(desk, flags)
-    if not flags & os.O_TRUNC:
-        desk.break_path(asked, directory, address, check, follow=follow)
-        return
     for _ in range(_TRIES):
         with desk.located(asked, directory, address, follow=follow) as found:
             if found is None:
                 return
             try:
-                _open_emptied(desk, asked, found, flags, check)
+                if flags & os.O_TRUNC or found.is_by_descriptor:
+                    _open_copy(desk, asked, found, flags, check)
+                else:
+                    desk.break_found(asked, found.target, check)
             except Changed:
                 continue
+            return
 
 
 def creat(desk: Desk, asked: Asked, address: int) -> None:
@@ -49,7 +51,11 @@ def truncate(desk: Desk, asked: Asked, address: int, length: int) -> None:
     if desk.is_plain(asked.call, AT_FDCWD, address, 0):
         return
     check = _access_check(desk, os.O_WRONLY)
-    desk.break_path(asked, AT_FDCWD, address, check, is_emptied=length == 0)
+    desk.break_path(
+        *(asked, AT_FDCWD, address, check),
+        is_emptied=length == 0,
+        act=lambda fd: os.ftruncate(fd, length),
+    )
 
 
 def _access_check(desk: Desk, flags: int) -> Check:
@@ -62,8 +68,8 @@ def _access_check(desk: Desk, flags: int) -> Check:
     return lambda fd: rights.check_access(desk.roots.proc_fd, fd, mode)
 
 
-def _open_emptied(desk: Desk, asked: Asked, found: Found, flags: int, check: Check) -> None:
-    """Raises Answered with the descriptor; Changed."""
+def _open_copy(desk: Desk, asked: Asked, found: Found, flags: int, check: Check) -> None:
+    """Raises Answered with a descriptor of the private copy; Changed."""
     target, listener, call = found.target, asked.listener, asked.call
     with desk.telling():
         desk.wait_for_copy(asked, target.ino)
@@ -73,6 +79,8 @@ def _open_emptied(desk: Desk, asked: Asked, found: Found, flags: int, check: Che
             if work.is_alone:
                 work.finish()
                 return
+            if not flags & os.O_TRUNC:
+                work.fill()
             cloexec = bool(flags & os.O_CLOEXEC)
             number = _reserve(desk, asked, cloexec=cloexec)
             work.finish()
