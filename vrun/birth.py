@@ -42,6 +42,8 @@ class Birth:
     is_inside: bool = False
     """The launcher was born in the guest's v2 cgroup."""
     stub_fd: int | None = None
+    notifying: bytes = b""
+    """The filter of copy-on-write links; empty where the guest shares no files."""
     network_fd: int = -1
     """A network namespace to enter; -1: the host's, or a new one."""
 
@@ -149,6 +151,12 @@ def leave_keyring(birth: Birth) -> None:
 
 
 def load_filter(birth: Birth) -> None:
+    if birth.notifying:
+        from vrun.cow import notifyfilter  # the monitor has loaded it
+
+        listener_fd = notifyfilter.load(birth.notifying)
+        birth.far.say("listener", fds=(listener_fd,))
+        os.close(listener_fd)
     seccomp.load(birth.filter)
 
 

@@ -6,6 +6,7 @@ guest's init is executed. Messages, fields apart by NUL bytes:
     namespaces                 the launcher has them, and waits for `go`
     init PID                   the guest's first process, as the host numbers it
     console                    with it a descriptor of the console's other side
+    listener                   with it where calls wait that shared files are in the way of
     ready                      all is set up; waits for `go`
     warn TEXT
     failed STEP REASON HINT    the last message; STEP is empty where REASON says it all

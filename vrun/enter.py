@@ -18,8 +18,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Final
 
-from vrun import capabilities, ceiling, namespaces, seccomp, stub, users
+from vrun import capabilities, ceiling, control, namespaces, protection, seccomp, stub, users
 from vrun.cgroup import Group
+from vrun.control import Connection
 from vrun.errors import ToolError
 from vrun.hierarchy import find_hierarchies
 from vrun.joiner import (
@@ -158,6 +159,9 @@ def _open(name: str, stack: ExitStack) -> Target:
     program = seccomp.cached_program(
         rundir() / ".filters", held.capabilities, held.ccaps, held.umask
     )
+    notifying, monitor = b"", None
+    if state.protection == protection.COPY_ON_WRITE:
+        notifying, monitor = _find_supervisor(name, stack)
     return Target(
         name=name,
         init_fd=init_fd,
@@ -169,7 +173,23 @@ def _open(name: str, stack: ExitStack) -> Target:
         oom_score_adj=oom_score_adj,
         kept=held.capabilities & bounding,
         program=program,
+        notifying=notifying,
+        monitor=monitor,
     )
+
+
+def _find_supervisor(name: str, stack: ExitStack) -> tuple[bytes, Connection]:
+    """The filter that has the guest's shared files copied on write, and who serves its calls."""
+    from vrun.cow import notifyfilter
+
+    monitor = control.connect(name)
+    if monitor is None:
+        raise JoinFailed(
+            f"guest {name}: its monitor is gone, which has its shared files copied on write",
+            hint=f"vserver {name} start",
+        )
+    stack.callback(monitor.close)
+    return notifyfilter.cached_program(rundir() / ".filters"), monitor
 
 
 def _load_group(name: str, state: RunState) -> Group:

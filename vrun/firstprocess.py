@@ -10,7 +10,17 @@ import time
 from contextlib import suppress
 from typing import Final, NoReturn
 
-from vrun import birth, ceiling, mounts, outside, seccomp, state, styles, syscalls
+from vrun import (
+    birth,
+    ceiling,
+    mounts,
+    outside,
+    protection,
+    seccomp,
+    state,
+    styles,
+    syscalls,
+)
 from vrun.chain import Chain, FarEnd
 from vrun.console import Console
 from vrun.context import Context
@@ -54,6 +64,7 @@ def _plan_birth(context: Context, far: FarEnd, report_fd: int) -> birth.Birth:
         kind="exec" if styles.is_pid_one(spec, rescue) else "wait",
         root=_root_options(context),
         filter=_load_filter(context),
+        notifying=protection.program(context),
         far=far,
         report_fd=report_fd,
         network_fd=context.network_fd,
@@ -104,6 +115,7 @@ def await_ready(context: Context) -> None:
     chain = context.running_chain()
     chain.expect("console")
     context.console = Console(chain.fds.pop(0), context.loop, context.log)
+    protection.begin(context)
     chain.expect("ready")
 
 
@@ -114,14 +126,13 @@ def write_state(context: Context) -> None:
     (pid,) = context.running_chain().expect("init")
     context.take_init(int(pid))
     pool = vdirbase() / ".pool"
-    is_pooled = pool.is_dir() and "LINUX_IMMUTABLE" not in spec.capabilities
     running = RunState(
         xid=context.xid,
         init_pid=context.init_pid,
         init_start=state.start_of(context.init_pid),
         cgroup=outside.group_of(context).path,
         pool=pool if pool.is_dir() else None,
-        protection="immutable" if is_pooled else "none",
+        protection=context.protection,
     )
     state.write_state(spec.name, running)
 

@@ -16,7 +16,17 @@ from pathlib import Path
 from types import FrameType
 from typing import Final, NoReturn
 
-from vrun import control, ending, launch, namespaces, scripts, state, stop, syscalls
+from vrun import (
+    control,
+    ending,
+    launch,
+    namespaces,
+    protection,
+    scripts,
+    state,
+    stop,
+    syscalls,
+)
 from vrun.audience import Audience
 from vrun.cgroup import Group
 from vrun.config import load_spec
@@ -166,11 +176,22 @@ class Monitor:
             case ["stop"]:
                 self._admit(connection)
                 self._ask_for_stop("it is being stopped")
+            case ["listener"]:
+                self._serve_joined(connection)
             case ["console", "follow" | "attach" as mode]:
                 self._show_console(connection, attach=mode == "attach")
             case _:
                 connection.end(Outcome(1, f"guest {self._guest.name}: cannot be asked for that"))
                 connection.close()
+
+    def _serve_joined(self, connection: Connection) -> None:
+        """A process joins the guest: its calls wait at a listener of their own."""
+        if self._context and self._context.supervision and connection.fds:
+            self._context.supervision.add(connection.fds.pop(0))
+            connection.end(Outcome(0))
+        else:
+            connection.end(Outcome(1, f"guest {self._guest.name}: nobody serves its shared files"))
+        connection.close()
 
     def _show_console(self, connection: Connection, *, attach: bool) -> None:
         if self._context and self._context.console:
@@ -219,13 +240,14 @@ class Monitor:
         context = self._new_context(load_spec(self._guest, profile=self._order.profile))
         for warning in context.spec.warnings:
             self._audience.warn(warning)
+        self._context = context  # a process may join before the start is over
         try:
             self._start(context)
         except (ToolError, Aborted) as error:
+            self._context = None
             context.close()
             self._failed(error)
             return
-        self._context = context
         self._order = replace(self._order, rescue=None)  # a reboot starts the guest itself
         if not self._wants_stop:
             self._tell(Outcome(0))
@@ -315,6 +337,9 @@ class Monitor:
         context.take_init(running.init_pid)
         context.root_fd = os.open(f"/proc/{running.init_pid}/root", os.O_PATH | os.O_DIRECTORY)
         context.is_ours = False
+        context.protection = running.protection
+        if running.protection == protection.COPY_ON_WRITE and not wants_stop:
+            protection.take_over(context)
         self._context = context
         self._wants_stop |= wants_stop
         if not wants_stop:

@@ -6,6 +6,7 @@ that were open, then it answers the call that was in work, then it goes on.
 """
 
 import os
+import socket
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from vrun.control import Connection, pair
+from vrun.cow import heir
 from vrun.cow.notifications import Page
 from vrun.cow.supervisor import (
     ATTACK,
@@ -53,11 +55,15 @@ class Supervision:
         loop: Loop,
         note: Callable[[str], None],
         *,
+        name: str = "",
         linger_s: float = LINGER_S,
     ) -> None:
-        """`note` gets what an administrator should read; `linger_s` is how long leases outlive
-        their windows. Raises OSError, ToolError.
+        """`note` gets what an administrator should read; `name` is the guest's, below whose run
+        folder it is written how things are; `linger_s` is how long leases outlive their windows.
+        Raises OSError, ToolError.
         """
+        self._name = name
+        self._heir: socket.socket | None = None
         self._linger_s = linger_s
         allow_open_files()
         self._pool_path = pool
@@ -87,6 +93,13 @@ class Supervision:
         if self._control is not None:
             self._control.send(LISTENER, fds=(listener_fd,))
 
+    def adopt(self) -> bool:
+        """Take over the listeners of a guest whose monitor is gone, from its supervisor; whether
+        there is one.
+        """
+        self._listeners = heir.inherit(self._name)
+        return bool(self._listeners)
+
     # --- the supervisor
 
     def start(self) -> None:
@@ -97,6 +110,8 @@ class Supervision:
             raise ToolError("its supervisor does not work")
 
     def _fork(self) -> None:
+        if self._name and self._heir is None:
+            self._heir = heir.listen(self._name)
         near, far = pair()
         keeper = Keeper()
         duty = Duty(
@@ -108,6 +123,7 @@ class Supervision:
             control=far,
             bequest=self._bequest,
             linger_s=self._linger_s,
+            heir=self._heir,
         )
         self._is_settled = False
         self._began_s = time.monotonic()
@@ -120,6 +136,7 @@ class Supervision:
         near.socket.setblocking(False)
         self._loop.watch(keeper.fileno(), keeper.drain)
         self._loop.watch(near.socket.fileno(), self._hear)
+        self._report()
 
     def _hear(self) -> None:
         if self._control is None:
@@ -133,6 +150,7 @@ class Supervision:
             case [word, pid, command] if word == ATTACK:
                 self.attacks += 1
                 self.attackers = [*self.attackers, Attacker(int(pid), command)][-_MOST_REMEMBERED:]
+                self._report()
                 self._note(
                     f"attack: process {pid} ({command}) tried to open a shared file for writing"
                     " inside a window; killed"
@@ -168,6 +186,12 @@ class Supervision:
             self._keeper = None
         self.pid = 0
 
+    def _report(self) -> None:
+        """For `status`, which asks nobody."""
+        if self._name:
+            attackers = tuple((attacker.pid, attacker.command) for attacker in self.attackers)
+            heir.write_report(self._name, heir.Report(self.pid, self.attacks, attackers))
+
     def close(self) -> None:
         """No process of the guest is left: end the supervisor, and put right what it held.
 
@@ -187,4 +211,7 @@ class Supervision:
         if self._bequest is not None:
             self._bequest.take_over(lambda leased: settle_stage(self._pool, self._stage_fd, leased))
             self._bequest.close()
+        if self._heir is not None:
+            self._heir.close()
+            heir.forget(self._name)
         self._stack.close()

@@ -21,6 +21,7 @@ from typing import Final, NoReturn
 
 from vrun import syscalls
 from vrun.control import Connection
+from vrun.cow import heir
 from vrun.cow.breaking import Break, Changed, Workshop
 from vrun.cow.desk import Answered, Asked, Deferred, Desk
 from vrun.cow.dispatch import BY_NUMBER
@@ -65,12 +66,15 @@ class Duty:
     bequest: Keeper | None
     """The keeper of a supervisor that was killed, with the leases that it had."""
     linger_s: float
+    heir: socket.socket | None
+    """Where a new monitor asks for the listeners when the old one is gone."""
 
     def fds(self) -> list[int]:
         """What it must keep open."""
         sockets = [self.keeper.fileno(), self.control.socket.fileno()]
         held = self.bequest.held_fds() if self.bequest else []
-        return [*self.listeners, self.stage_fd, *sockets, *held]
+        heir_fds = [self.heir.fileno()] if self.heir else []
+        return [*self.listeners, self.stage_fd, *sockets, *heir_fds, *held]
 
 
 def be_supervisor(duty: Duty) -> NoReturn:
@@ -288,6 +292,10 @@ class Supervisor:
         if fd in self._copies:
             self._copied(fd)
             return
+        if self._is_orphan and self._duty.heir is not None:
+            with suppress(OSError):
+                self._hand_over(self._duty.heir.accept()[0])
+            return
         fields = self._control.receive()
         if fields is None:
             self._orphaned()
@@ -301,6 +309,20 @@ class Supervisor:
         self._poll.unregister(self._control.socket.fileno())
         self._is_orphan = True
         self._end_if_alone()
+        if self._duty.heir is not None:
+            self._poll.register(self._duty.heir.fileno(), select.POLLIN)
+
+    def _hand_over(self, asked_by: socket.socket) -> None:
+        """A new monitor is there: it gets the listeners, and has them served from now on."""
+        while self._copies:
+            pidfds = select.poll()
+            for pidfd in self._copies:
+                pidfds.register(pidfd, select.POLLIN)
+            self._copied(pidfds.poll()[0][0])
+        heir.bequeath(asked_by, list(self._listeners))
+        self._shop.roots.go_home()
+        self._shop.windows.close()
+        os._exit(0)
 
     def _end_if_alone(self) -> None:
         """Nobody is left to be served, and nobody will bring more."""

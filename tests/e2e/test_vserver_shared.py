@@ -1,0 +1,120 @@
+"""Guests that share files, under the runtime: they write as if each had its own."""
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Tool
+from tests.fixtures.filesystems import is_immutable, thaw_below
+from tests.fixtures.probes import need
+from tests.fixtures.vservers import Host, host_for_guests, is_alive, wait_until
+
+pytestmark = need("immutable", "lease")
+
+_CONF = "a setting that all guests have\n" * 10
+
+
+@pytest.fixture
+def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tool: Tool) -> Iterator[Host]:
+    for host in host_for_guests(tmp_path, monkeypatch):
+        for name in ("web", "db"):
+            root = host.add_busybox(name)
+            for file in ("conf", "other", "third"):
+                (root / "etc" / file).write_text(f"{file}: {_CONF}")
+                os.utime(root / "etc" / file, (1_000_000_000, 1_000_000_000))
+        done = tool("vunify", "--all")
+        assert done.returncode == 0, done.stderr
+        assert is_immutable(host.etc.vdirbase / "web/etc/conf")
+        yield host
+        for name in host.names:
+            host.try_vserver(name, "stop")
+        thaw_below(tmp_path)
+
+
+def _root(host: Host, name: str) -> Path:
+    return host.etc.vdirbase / name
+
+
+def _report(host: Host, name: str) -> dict[str, int]:
+    found: dict[str, int] = json.loads((host.etc.rundir / name / "protection.json").read_text())
+    return found
+
+
+def test_a_guest_writes_and_the_others_keep_what_they_have(host: Host) -> None:
+    host.vserver("web", "start")
+    assert host.state("web")["protection"] == "copy-on-write"
+    host.inside("web", "sh", "-c", "echo mine >> /etc/conf; rm /etc/other; chmod 600 /etc/third")
+    assert (_root(host, "web") / "etc/conf").read_text() == f"conf: {_CONF}mine\n"
+    assert not (_root(host, "web") / "etc/other").exists()
+    assert (_root(host, "web") / "etc/third").stat().st_mode & 0o777 == 0o600
+    for file in ("conf", "other", "third"):
+        assert (_root(host, "db") / "etc" / file).read_text() == f"{file}: {_CONF}"
+        assert is_immutable(_root(host, "db") / "etc" / file)
+    assert "attack" not in host.console("web")
+
+
+def test_init_itself_and_its_children_write(host: Host) -> None:
+    host.set_key("web", "apps/init/cmd.start", "/bin/sh\n-c\necho x > /etc/conf; sleep 1000")
+    host.vserver("web", "start")
+    wait_until(lambda: (_root(host, "web") / "etc/conf").read_text() == "x\n")
+    assert (_root(host, "db") / "etc/conf").read_text() == f"conf: {_CONF}"
+
+
+def test_a_killed_supervisor_is_replaced(host: Host) -> None:
+    host.vserver("web", "start")
+    first = _report(host, "web")["supervisor"]
+    os.kill(first, signal.SIGKILL)
+    wait_until(lambda: _report(host, "web")["supervisor"] not in (0, first))
+    host.inside("web", "sh", "-c", "echo x > /etc/conf")
+    assert (_root(host, "web") / "etc/conf").read_text() == "x\n"
+    assert "its supervisor was killed" in host.console("web")
+
+
+def test_a_killed_monitor_leaves_a_supervisor_that_the_next_one_takes_over(host: Host) -> None:
+    host.vserver("web", "start")
+    init = host.init_pid("web")
+    first = _report(host, "web")["supervisor"]
+    os.kill(host.monitor_pid("web"), signal.SIGKILL)
+    assert is_alive(first)
+    host.vserver("web", "exec", "true", code=125)
+    host.vserver("web", "start")
+    assert host.init_pid("web") == init
+    wait_until(lambda: not is_alive(first))
+    host.inside("web", "sh", "-c", "echo x > /etc/conf")
+    assert (_root(host, "web") / "etc/conf").read_text() == "x\n"
+    assert (_root(host, "db") / "etc/conf").read_text() == f"conf: {_CONF}"
+
+
+def test_both_killed_the_guest_can_only_read(host: Host) -> None:
+    host.set_key("web", "apps/init/cmd.start", "/bin/sh\n-c\n" + _KEEPS_TRYING)
+    host.vserver("web", "start")
+    wait_until(lambda: (_root(host, "web") / "tries").exists())
+    supervisor = _report(host, "web")["supervisor"]
+    os.kill(host.monitor_pid("web"), signal.SIGSTOP)
+    stopped = host.monitor_pid("web")
+    os.kill(supervisor, signal.SIGKILL)
+    os.kill(stopped, signal.SIGKILL)
+    wait_until(lambda: not is_alive(stopped))
+    done = host.vserver("web", "start", code=1)
+    assert "its supervisor is gone" in done.stderr
+    assert (_root(host, "web") / "etc/conf").read_text() == f"conf: {_CONF}"
+    host.try_vserver("web", "stop")
+
+
+_KEEPS_TRYING = "while :; do echo x > /tries; sleep 0.1; done"
+
+
+def test_a_guest_that_shares_nothing_has_no_supervisor(host: Host) -> None:
+    for path in sorted((host.etc.vdirbase / ".pool/objects").glob("*/*")):
+        assert path.exists()
+    thaw_below(host.etc.vdirbase)
+    for path in (host.etc.vdirbase / ".pool/objects").glob("*/*"):
+        path.unlink()
+    host.vserver("web", "start")
+    assert host.state("web")["protection"] == "none"
+    assert not (host.etc.rundir / "web/protection.json").exists()
+    assert host.inside("web", "sh", "-c", "echo x > /etc/conf; cat /etc/conf") == "x\n"
