@@ -18,9 +18,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Final
 
-from vrun import capabilities, ceiling, control, namespaces, protection, seccomp, stub, users
+from vrun import capabilities, ceiling, control, namespaces, seccomp, stub, users
 from vrun.cgroup import Group
 from vrun.control import Connection
+from vrun.cow.heir import COPY_ON_WRITE
 from vrun.errors import ToolError
 from vrun.hierarchy import find_hierarchies
 from vrun.joiner import (
@@ -160,7 +161,7 @@ def _open(name: str, stack: ExitStack) -> Target:
         rundir() / ".filters", held.capabilities, held.ccaps, held.umask
     )
     notifying, monitor = b"", None
-    if state.protection == protection.COPY_ON_WRITE:
+    if state.protection == COPY_ON_WRITE:
         notifying, monitor = _find_supervisor(name, stack)
     return Target(
         name=name,

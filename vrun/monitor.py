@@ -33,6 +33,7 @@ from vrun.config import load_spec
 from vrun.console import Log, log_path
 from vrun.context import Context
 from vrun.control import Connection, Outcome
+from vrun.cow.heir import COPY_ON_WRITE
 from vrun.errors import ToolError
 from vrun.loop import Aborted, Loop, close_all_but
 from vrun.order import Order, Task
@@ -338,7 +339,7 @@ class Monitor:
         context.root_fd = os.open(f"/proc/{running.init_pid}/root", os.O_PATH | os.O_DIRECTORY)
         context.is_ours = False
         context.protection = running.protection
-        if running.protection == protection.COPY_ON_WRITE and not wants_stop:
+        if running.protection == COPY_ON_WRITE and not wants_stop:
             protection.take_over(context)
         self._context = context
         self._wants_stop |= wants_stop

@@ -10,14 +10,9 @@ from pathlib import Path
 from typing import Final
 
 from vrun.context import Context
+from vrun.cow.heir import COPY_ON_WRITE, NONE, OPEN
 from vrun.errors import ToolError
 from vstore.guest import rundir, vdirbase
-
-COPY_ON_WRITE: Final = "copy-on-write"
-NONE: Final = "none"
-"""Nothing is shared by links: there is nothing to protect."""
-OPEN: Final = "open"
-"""The guest may thaw files by itself: LINUX_IMMUTABLE is among its capabilities."""
 
 LISTENER: Final = "listener"
 """What the first process, and one that joins, says when it hands its listener over."""

@@ -101,6 +101,7 @@ class Windows:
         self._most_lingering = find_linger_limit()
         self._lingering: deque[tuple[float, bytes, list[int]]] = deque()
         self._lingering_fds = 0
+        self._looks: dict[int, Look] = {}  # of those that linger, before their windows
         self._unsettled: set[int] = set()  # thawed, or frozen while somebody still waits
         self._kept: set[int] = set()  # of them those whose batch is over
         self._is_doubtful = False
@@ -153,6 +154,8 @@ class Windows:
         `repel_writers`, or when somebody keeps on changing them.
         """
         before = Look.at(fd) if self._linger_s else None
+        if before is not None:
+            self._looks.setdefault(fd, before)
         self._unsettled.add(fd)
         try:
             _clear_immutable(fd)
@@ -245,6 +248,7 @@ class Windows:
         self.let_all_go()
         for fd in sorted(self._kept):
             if self._settle(fd):
+                self._looks.pop(fd, None)
                 self._give_up(fd)
                 os.close(fd)
                 self._kept.discard(fd)
@@ -261,6 +265,9 @@ class Windows:
         while self._lingering and self._lingering[0][0] <= now:
             _, key, fds = self._lingering.popleft()
             self._lingering_fds -= len(fds)
+            for fd in fds:
+                with suppress(OSError, ToolError):
+                    self._settle_look(fd)
             kept = self._release(key, fds)
             for fd in fds:
                 if fd not in kept:
@@ -285,6 +292,7 @@ class Windows:
         kept = set()
         for fd in fds:
             if self._settle(fd):
+                self._looks.pop(fd, None)
                 self._give_up(fd)
             else:
                 kept.add(fd)
@@ -321,6 +329,19 @@ class Windows:
             self._unsettled.add(fd)
             return False
         return True
+
+    def _settle_look(self, fd: int) -> None:
+        """No lease holds up who changes metadata: one that was preempted in the window may have
+        done so after it.
+        """
+        before = self._looks.get(fd)
+        if before is None or Look.at(fd) == before:
+            return
+        self._locks.take([os.fstat(fd).st_ino])
+        try:
+            self._put_back(fd, before)
+        finally:
+            self._locks.drop()
 
     # --- notes for those who come after us
 

@@ -17,6 +17,7 @@ from tests.fixtures.probes import need, on
 from tests.fixtures.trees import acl
 from tests.fixtures.windows import CONTENT, Shared, shared_file
 from vrun.wordlist import SECURE_CAPS
+from vstore.pool import digest_xattrs, parse_object
 
 pytestmark = [need("immutable", "lease"), on("ext4")]
 
@@ -62,9 +63,19 @@ def _grow(site: Site, shared: Shared) -> Path:
 
 @contextmanager
 def _thawed(shared: Shared) -> Iterator[None]:
+    """What is changed inside the object's name states afterwards."""
     subprocess.run(["chattr", "-i", shared.object], check=True)
     yield
-    subprocess.run(["chattr", "+i", shared.object], check=True)
+    status = shared.object.stat()
+    fd = os.open(shared.object, os.O_RDONLY)
+    identity, number = parse_object(shared.object.name)
+    now = identity._replace(
+        mode=status.st_mode, uid=status.st_uid, gid=status.st_gid, xattrs=digest_xattrs(fd)
+    )
+    os.close(fd)
+    path = shared.pool.path / "objects" / now.name(number)
+    shared.object.rename(path)
+    subprocess.run(["chattr", "+i", path], check=True)
 
 
 def _try(attempt: Callable[[], object], *groups: int) -> int:
@@ -88,7 +99,7 @@ def test_a_user_gets_what_the_kernel_would_say_and_nothing_is_unshared(
         found = in_guest(site.pool, root, lambda: _try(attempt), ran=ran)
         assert not ran.notes
         assert found == expected
-        assert (root / "dir/conf").samefile(shared.object)
+        assert (root / "dir/conf").samefile(shared.db)
         assert shared.is_untouched()
 
 
@@ -99,7 +110,7 @@ def test_a_user_with_an_acl_may_write(site: Site) -> None:
         with _thawed(shared):
             os.setxattr(shared.object, "system.posix_acl_access", access)
         assert in_guest(site.pool, root, lambda: _try(lambda: _open(os.O_RDWR))) == 0
-        assert not (root / "dir/conf").samefile(shared.object)
+        assert not (root / "dir/conf").samefile(shared.db)
         assert os.getxattr(root / "dir/conf", "system.posix_acl_access") == access
 
 
@@ -110,7 +121,7 @@ def test_in_a_sticky_folder_only_the_owner_deletes(site: Site) -> None:
             os.rename(root / "dir/conf", root / "open/conf")
         found = in_guest(site.pool, root, lambda: _try(lambda: os.unlink("/open/conf")))
         assert found == errno.EPERM
-        assert (root / "open/conf").samefile(shared.object)
+        assert (root / "open/conf").samefile(shared.db)
 
 
 def test_a_group_may_write_through_its_bits(site: Site) -> None:
@@ -135,7 +146,7 @@ def test_root_without_capabilities_is_a_user(site: Site) -> None:
             return [_errno(lambda: _open(os.O_WRONLY)), _errno(lambda: os.chmod("/dir/conf", 0))]
 
         assert in_guest(site.pool, root, attempt, keep=keep) == [errno.EACCES, errno.EPERM]
-        assert (root / "dir/conf").samefile(shared.object)
+        assert (root / "dir/conf").samefile(shared.db)
 
 
 def _errno(function: Callable[[], object]) -> int:

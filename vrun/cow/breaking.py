@@ -98,9 +98,11 @@ def open_shared(shop: Workshop, folder_fd: int, name: bytes, ino: int) -> int:
     return fd
 
 
-def check_object(shop: Workshop, ino: int) -> None:
-    """Raise PermissionError for an immutable file that is no object: somebody wants it so."""
-    if ino not in shop.objects:
+def check_object(shop: Workshop, fd: int) -> None:
+    """Raise PermissionError for an immutable file that is no object: somebody wants it so; or that
+    is one, and has been tampered with.
+    """
+    if not shop.objects.is_sound(fd):
         raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
 
 
@@ -121,7 +123,7 @@ class Break:
             self._status = os.fstat(self.shared_fd)
             self.is_alone = self._status.st_nlink == 1
             if not self.is_alone:
-                check_object(shop, target.ino)
+                check_object(shop, self.shared_fd)
             self._folder_fd = reopen_on(shop.pool.fd, target.folder_fd, _FOLDER)
             self._fds.append(self._folder_fd)
             self.copy_fd = _open_nameless(self._folder_fd)

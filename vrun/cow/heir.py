@@ -6,15 +6,26 @@ things are.
     └── protection.json   the supervisor's pid, and the attacks that were met
 """
 
-import json
 import os
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Final
 
 from vrun.state import run_folder
 from vstore.record import dataclass
+
+COPY_ON_WRITE: Final = "copy-on-write"
+"""Shared files are immutable, and a supervisor gives the guest copies of what it writes to."""
+NONE: Final = "none"
+"""Nothing is shared by links: there is nothing to protect."""
+OPEN: Final = "open"
+"""The guest may thaw files by itself: LINUX_IMMUTABLE is among its capabilities."""
+READ_ONLY: Final = "read-only"
+"""As copy-on-write, but the supervisor is gone: what is shared can only be read."""
+
+PROCESS_NAME: Final = "vserver-cow"
 
 _SOCKET: Final = "heir.sock"
 _REPORT: Final = "protection.json"
@@ -33,9 +44,20 @@ class Report:
     attackers: tuple[tuple[int, str], ...]
     """The last ones: pid and command."""
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether that supervisor is there."""
+        try:
+            name = Path(f"/proc/{self.supervisor}/comm").read_text()
+        except OSError:
+            return False
+        return name.startswith(PROCESS_NAME)
+
 
 def write_report(name: str, report: Report) -> None:
     """Raises OSError."""
+    import json  # a millisecond that most commands need not pay
+
     path = run_folder(name) / _REPORT
     values = {
         "format": _FORMAT,
@@ -50,6 +72,8 @@ def write_report(name: str, report: Report) -> None:
 
 def load_report(name: str) -> Report | None:
     """None where there is none that can be read."""
+    import json
+
     try:
         values = json.loads((run_folder(name) / _REPORT).read_bytes())
         return Report(

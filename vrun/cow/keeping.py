@@ -33,7 +33,7 @@ from vstore.record import dataclass
 from vstore.recovery import settle_stage
 from vstore.window import LINGER_S
 
-_AGAIN_S: Final = 0.2
+_AGAIN_S: Final = 0.05
 """A supervisor that ends sooner than this after its start is held back for so long."""
 _MOST_REMEMBERED: Final = 20
 
@@ -84,6 +84,11 @@ class Supervision:
         self.attackers: list[Attacker] = []
         self.attacks = 0
         """How many there were, of which the last ones are in `attackers`."""
+
+    @property
+    def is_serving(self) -> bool:
+        """Whether there is a supervisor that has put right what an earlier one left."""
+        return self._is_settled and bool(self.pid)
 
     # --- the guest's processes
 
@@ -165,6 +170,7 @@ class Supervision:
     def _ended(self) -> None:
         """The supervisor is dead: what it held is put right by the next one."""
         self._forget()
+        self._is_settled = False
         self._note("its supervisor was killed; starting another")
         if time.monotonic() - self._began_s < _AGAIN_S:
             time.sleep(_AGAIN_S)

@@ -99,7 +99,7 @@ def _carry_out(desk: Desk, asked: Asked, frozen: list[Found], do: Callable[[], N
                 by_number[found.ino] = fd
         shared = [fd for fd in by_number.values() if os.fstat(fd).st_nlink > 1]
         for fd in shared:
-            check_object(shop, os.fstat(fd).st_ino)
+            check_object(shop, fd)
         for fd in by_number.values():
             if fd not in shared:
                 stack.enter_context(_thawed_alone(desk, fd))

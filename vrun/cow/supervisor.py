@@ -80,7 +80,7 @@ class Duty:
 def be_supervisor(duty: Duty) -> NoReturn:
     """Serve until no process of the guest is left. To be called in a forked process."""
     try:
-        syscalls.set_name(b"vserver-cow")
+        syscalls.set_name(heir.PROCESS_NAME.encode())
         syscalls.refuse_core_dumps()
         for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGPIPE):
             signal.signal(number, signal.SIG_IGN)
