@@ -156,10 +156,6 @@ class Supervision:
                 self.attacks += 1
                 self.attackers = [*self.attackers, Attacker(int(pid), command)][-_MOST_REMEMBERED:]
                 self._report()
-                self._note(
-                    f"attack: process {pid} ({command}) tried to open a shared file for writing"
-                    " inside a window; killed"
-                )
             case [word, text] if word == WARN:
                 self._note(text)
             case None:
