@@ -21,7 +21,6 @@ from typing import Final
 from vrun import capabilities, ceiling, control, namespaces, seccomp, stub, users
 from vrun.cgroup import Group
 from vrun.control import Connection
-from vrun.cow.heir import COPY_ON_WRITE
 from vrun.errors import ToolError
 from vrun.hierarchy import find_hierarchies
 from vrun.joiner import (
@@ -37,7 +36,7 @@ from vrun.mountfd import open_inside
 from vrun.relay import Relay
 from vrun.state import load_resources
 from vrun.users import User
-from vstore.guest import RunState, load_state, rundir
+from vstore.guest import COPY_ON_WRITE, RunState, load_state, rundir
 
 EXIT_SIGNAL: Final = 128
 

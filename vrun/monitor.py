@@ -33,13 +33,12 @@ from vrun.config import load_spec
 from vrun.console import Log, log_path
 from vrun.context import Context
 from vrun.control import Connection, Outcome
-from vrun.cow.heir import COPY_ON_WRITE
 from vrun.errors import ToolError
 from vrun.loop import Aborted, Loop, close_all_but
 from vrun.order import Order, Task
 from vrun.spec import GuestSpec
 from vrun.state import Ended, find_running
-from vstore.guest import Guest
+from vstore.guest import COPY_ON_WRITE, Guest
 from vstore.record import replace
 
 _QUICK_S: Final = 5.0

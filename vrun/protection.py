@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Final
 
 from vrun.context import Context
-from vrun.cow.heir import COPY_ON_WRITE, NONE, OPEN
+from vrun.cow.heir import NONE, OPEN
 from vrun.errors import ToolError
-from vstore.guest import rundir, vdirbase
+from vstore.guest import COPY_ON_WRITE, rundir, vdirbase
 
 LISTENER: Final = "listener"
 """What the first process, and one that joins, says when it hands its listener over."""

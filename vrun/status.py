@@ -6,9 +6,9 @@ from typing import Any, Final
 
 from vrun import control, state
 from vrun.cgroup import Group
-from vrun.cow.heir import COPY_ON_WRITE, NONE, READ_ONLY, Report, load_report
+from vrun.cow.heir import NONE, READ_ONLY, Report, load_report
 from vrun.state import Ended, find_running
-from vstore.guest import Guest, RunState
+from vstore.guest import COPY_ON_WRITE, Guest, RunState
 from vstore.record import dataclass
 from vstore.render import show_name
 

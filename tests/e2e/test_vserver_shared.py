@@ -108,13 +108,61 @@ def test_both_killed_the_guest_can_only_read(host: Host) -> None:
 _KEEPS_TRYING = "while :; do echo x > /tries; sleep 0.1; done"
 
 
-def test_a_guest_that_shares_nothing_has_no_supervisor(host: Host) -> None:
-    for path in sorted((host.etc.vdirbase / ".pool/objects").glob("*/*")):
-        assert path.exists()
+def _share_nothing(host: Host) -> None:
     thaw_below(host.etc.vdirbase)
+    for name in ("web", "db"):
+        for path in _root(host, name).glob("**/*"):
+            if path.is_file() and not path.is_symlink() and path.stat().st_nlink > 1:
+                content = path.read_bytes()
+                mode = path.stat().st_mode
+                path.unlink()
+                path.write_bytes(content)
+                path.chmod(mode)
+                os.utime(path, (1_000_000_000, 1_000_000_000))
     for path in (host.etc.vdirbase / ".pool/objects").glob("*/*"):
         path.unlink()
+
+
+def test_a_guest_that_shares_nothing_has_no_supervisor(host: Host) -> None:
+    _share_nothing(host)
     host.vserver("web", "start")
     assert host.state("web")["protection"] == "none"
     assert not (host.etc.rundir / "web/protection.json").exists()
     assert host.inside("web", "sh", "-c", "echo x > /etc/conf; cat /etc/conf") == "x\n"
+
+
+def test_a_guest_that_runs_is_unified_again_and_writes_on(host: Host, tool: Tool) -> None:
+    host.vserver("web", "start")
+    host.inside("web", "sh", "-c", "echo x >> /etc/conf; cp -p /etc/other /etc/again")
+    host.inside("web", "sh", "-c", "mv /etc/again /etc/other")
+    assert not (_root(host, "web") / "etc/other").samefile(_root(host, "db") / "etc/other")
+    done = tool("vunify", "--all")
+    assert done.returncode == 0, done.stderr
+    assert (_root(host, "web") / "etc/other").samefile(_root(host, "db") / "etc/other")
+    host.inside("web", "sh", "-c", "echo y >> /etc/other")
+    assert (_root(host, "web") / "etc/other").read_text() == f"other: {_CONF}y\n"
+    assert (_root(host, "db") / "etc/other").read_text() == f"other: {_CONF}"
+
+
+def test_a_guest_without_supervisor_is_not_unified_while_it_runs(host: Host, tool: Tool) -> None:
+    _share_nothing(host)
+    host.vserver("web", "start")
+    assert host.state("web")["protection"] == "none"
+    done = tool("vunify", "--all")
+    assert "web" in done.stderr
+    assert "without copy-on-write links" in done.stderr
+    assert not is_immutable(_root(host, "web") / "etc/conf")
+    host.inside("web", "sh", "-c", "echo x > /etc/conf")
+
+
+def test_status_tells_which_protection_is_in_force(host: Host) -> None:
+    host.vserver("web", "start")
+    assert "Shared files: copy-on-write\n" in host.vserver("web", "status").stdout
+    shown = json.loads(host.vserver("web", "status", "--json").stdout)
+    assert (shown["protection"], shown["attacks"], shown["attackers"]) == ("copy-on-write", 0, [])
+    assert is_alive(shown["supervisor"])
+    os.kill(host.monitor_pid("web"), signal.SIGKILL)
+    os.kill(shown["supervisor"], signal.SIGKILL)
+    wait_until(lambda: not is_alive(shown["supervisor"]))
+    assert "Shared files: read only" in host.vserver("web", "status").stdout
+    assert json.loads(host.vserver("web", "status", "--json").stdout)["protection"] == "read-only"

@@ -16,8 +16,6 @@ from typing import Final
 from vrun.state import run_folder
 from vstore.record import dataclass
 
-COPY_ON_WRITE: Final = "copy-on-write"
-"""Shared files are immutable, and a supervisor gives the guest copies of what it writes to."""
 NONE: Final = "none"
 """Nothing is shared by links: there is nothing to protect."""
 OPEN: Final = "open"
@@ -26,6 +24,7 @@ READ_ONLY: Final = "read-only"
 """As copy-on-write, but the supervisor is gone: what is shared can only be read."""
 
 PROCESS_NAME: Final = "vserver-cow"
+_ENDED: Final = "Z"
 
 _SOCKET: Final = "heir.sock"
 _REPORT: Final = "protection.json"
@@ -48,10 +47,10 @@ class Report:
     def is_alive(self) -> bool:
         """Whether that supervisor is there."""
         try:
-            name = Path(f"/proc/{self.supervisor}/comm").read_text()
+            shown = Path(f"/proc/{self.supervisor}/stat").read_text(errors="replace")
         except OSError:
             return False
-        return name.startswith(PROCESS_NAME)
+        return f"({PROCESS_NAME}) " in shown and f") {_ENDED} " not in shown
 
 
 def write_report(name: str, report: Report) -> None:
