@@ -49,6 +49,7 @@ _OPEN_FILES: Final = 1 << 16
 _KEEPS_ORDER: Final = ("ext4", "btrfs")
 """File systems where a rename over another file waits for the data of the file that is renamed."""
 _MOST_COPIES: Final = 4
+_QUIET_MS: Final = 50.0
 
 
 @dataclass(slots=True, kw_only=True)
@@ -144,6 +145,7 @@ class Supervisor:
         self._places: list[int] = []
         self._copies: dict[int, _Copying] = {}
         self._is_orphan = False
+        self._is_prepared = False
         self._poll = select.poll()
         self._poll.register(duty.control.socket.fileno(), select.POLLIN)
         for fd in duty.listeners:
@@ -158,7 +160,10 @@ class Supervisor:
             self._redo(place, left, result)
         poll, listeners = self._poll.poll, self._listeners
         while True:
-            for fd, event in poll(self._timeout_ms()):
+            events = poll(self._timeout_ms())
+            if not (events or self._is_prepared):
+                self._prepare()
+            for fd, event in events:
                 listener = listeners.get(fd)
                 if listener is None:
                     self._attend(fd)
@@ -168,6 +173,11 @@ class Supervisor:
                         self._serve(listener, call)
                 else:
                     self._end(fd)
+
+    def _prepare(self) -> None:
+        """Read the names of all objects in a quiet moment: the first break would wait for that."""
+        self._is_prepared = True
+        self._shop.objects.load()
 
     # --- calls
 
@@ -262,7 +272,7 @@ class Supervisor:
             self._tell_attacks()
         due_s = self._shop.windows.next_due
         if due_s is None:
-            return None
+            return None if self._is_prepared else _QUIET_MS
         left_s = due_s - time.monotonic()
         if left_s > 0:
             return left_s * 1000
