@@ -98,7 +98,7 @@ def test_a_call_is_carried_out_whenever_the_supervisor_dies(
     site: Site, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     act, expected = ACTS[name]
-    killed = 0
+    killed = lived = 0
     for steps in range(1 + len(name) % _STRIDE, _MOST_STEPS, _STRIDE):
         with monkeypatch.context() as patch, shared_file(site, "conf") as shared:
             _die_after(steps, patch)
@@ -117,9 +117,11 @@ def test_a_call_is_carried_out_whenever_the_supervisor_dies(
             assert is_immutable(shared.object), steps
             assert not list((site.pool / "stage").glob("*/*/*")), steps
             _tidy(site, shared)
-        if not was_killed:
+        # One that dies after its answer may not be missed before the guest has ended.
+        lived = 0 if was_killed else lived + 1
+        if lived > 2:
             break
-    assert killed > 5 if _STRIDE > 1 else killed > 50
+    assert killed * _STRIDE > 40
 
 
 def _tidy(site: Site, shared: Shared) -> None:

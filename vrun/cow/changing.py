@@ -123,6 +123,11 @@ def futimesat(desk: Desk, asked: Asked, directory: int, address: int, times: int
 def utimensat(
     desk: Desk, asked: Asked, directory: int, address: int, times: int, flags: int
 ) -> None:
+    is_open = not address or bool(flags & AT_EMPTY_PATH and desk.is_empty(asked.call, address))
+    if is_open and _is_plain_fd(asked, directory):
+        return
+    if not is_open and desk.is_plain(asked.call, directory, address, flags & NOFOLLOW):
+        return
     is_now, act = not times, None
     if times:
         is_narrow = asked.call.arch in NARROW

@@ -6,6 +6,7 @@ that were open, then it answers the call that was in work, then it goes on.
 """
 
 import os
+import resource
 import socket
 import time
 from collections.abc import Callable
@@ -38,6 +39,32 @@ _AGAIN_S: Final = 0.05
 _MOST_REMEMBERED: Final = 20
 
 
+class _OpenFiles:
+    """The monitor's limit of open files: raised while it keeps leases, but not for what it forks;
+    a guest's processes would inherit it.
+    """
+
+    def __init__(self) -> None:
+        self._before: tuple[int, int] | None = None
+        self._is_registered = False
+
+    def allow(self) -> None:
+        if self._before is None:
+            self._before = resource.getrlimit(resource.RLIMIT_NOFILE)
+            allow_open_files()
+        if not self._is_registered:
+            self._is_registered = True
+            os.register_at_fork(after_in_child=self.restore)
+
+    def restore(self) -> None:
+        if self._before is not None:
+            resource.setrlimit(resource.RLIMIT_NOFILE, self._before)
+            self._before = None
+
+
+_open_files: Final = _OpenFiles()
+
+
 @dataclass(frozen=True, slots=True)
 class Attacker:
     """A process of the guest that tried to write to a shared file inside a window."""
@@ -65,7 +92,6 @@ class Supervision:
         self._name = name
         self._heir: socket.socket | None = None
         self._linger_s = linger_s
-        allow_open_files()
         self._pool_path = pool
         self._loop = loop
         self._note = note
@@ -78,6 +104,7 @@ class Supervision:
         self._bequest: Keeper | None = None
         self._control: Connection | None = None
         self._is_settled = False
+        self._has_served = False
         self._began_s = 0.0
         self.pid = 0
         """Of the supervisor; 0: there is none."""
@@ -109,10 +136,11 @@ class Supervision:
 
     def start(self) -> None:
         """Fork the supervisor, and wait until it serves. Raises ToolError, Aborted."""
+        _open_files.allow()
         self._fork()
         self._loop.wait(lambda: self._is_settled or not self.pid)
         if not self.pid:
-            raise ToolError("its supervisor does not work")
+            raise ToolError("the supervisor of its shared files does not work")
 
     def _fork(self) -> None:
         if self._name and self._heir is None:
@@ -139,16 +167,23 @@ class Supervision:
         keeper.holder_socket.close()
         self._keeper, self._control = keeper, near
         near.socket.setblocking(False)
-        self._loop.watch(keeper.fileno(), keeper.drain)
+        self._loop.watch(keeper.fileno(), self._drain)
         self._loop.watch(near.socket.fileno(), self._hear)
         self._report()
+
+    def _drain(self) -> None:
+        if self._keeper is not None:
+            try:
+                self._keeper.drain()
+            except ToolError as error:
+                self._note(error.message)
 
     def _hear(self) -> None:
         if self._control is None:
             return
         match self._control.receive():
             case [word] if word == SETTLED:
-                self._is_settled = True
+                self._is_settled = self._has_served = True
                 if self._bequest is not None:
                     self._bequest.close()
                     self._bequest = None
@@ -167,10 +202,16 @@ class Supervision:
         """The supervisor is dead: what it held is put right by the next one."""
         self._forget()
         self._is_settled = False
+        if not self._has_served:
+            return  # it cannot work, and whoever waits for it is told
         self._note("its supervisor was killed; starting another")
         if time.monotonic() - self._began_s < _AGAIN_S:
             time.sleep(_AGAIN_S)
-        self._fork()
+        try:
+            self._fork()
+        except OSError as error:
+            self._note(f"no supervisor can be started: {error}; shared files can only be read")
+            self._report()
 
     def _forget(self) -> None:
         """Take down what belongs to this supervisor; its leases are kept for the next one."""
@@ -180,7 +221,7 @@ class Supervision:
             self._control = None
         if self._keeper is not None:
             self._loop.unwatch(self._keeper.fileno())
-            self._keeper.drain()
+            self._drain()
             if self._bequest is None:
                 self._bequest = self._keeper
             else:
@@ -217,3 +258,4 @@ class Supervision:
             self._heir.close()
             heir.forget(self._name)
         self._stack.close()
+        _open_files.restore()
