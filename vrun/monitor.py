@@ -33,6 +33,7 @@ from vrun.config import load_spec
 from vrun.console import Log, log_path
 from vrun.context import Context
 from vrun.control import Connection, Outcome
+from vrun.cow import heir
 from vrun.errors import ToolError
 from vrun.loop import Aborted, Loop, close_all_but
 from vrun.order import Order, Task
@@ -382,6 +383,7 @@ class Monitor:
             context.resources = resources
             stop.clean(context)
         state.forget_run(name)
+        heir.forget(name)
 
     def _take_own_mounts(self) -> None:
         """Begin with the host's mounts: what was mounted for a run goes with its namespace."""

@@ -284,6 +284,7 @@ def _break_open(
     """
     wanted = flags & _REOPENED
     desk.roots.enter(asked.call.tid)
+    asked.listener.check(asked.call.id)
     if not desk.find_name(place, ino):
         desk.roots.go_home()
         with desk.telling():

@@ -132,7 +132,13 @@ class Desk:
         if not text:
             return None, status
         caller = paths.Caller(self.roots, self.shop.own, status, tid)
-        return paths.walk(caller, directory, text, follow=follow), status
+        place = paths.walk(caller, directory, text, follow=follow)
+        try:
+            asked.listener.check(asked.call.id)  # else it began in another process of that number
+        except Gone:
+            place.close()
+            raise
+        return place, status
 
     def load_status(self, asked: Asked) -> rights.Status:
         """Of the caller. Raises Gone."""
