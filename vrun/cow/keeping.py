@@ -7,10 +7,11 @@ that were open, then it answers the call that was in work, then it goes on.
 
 import os
 import resource
+import signal
 import socket
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Final
 
@@ -27,7 +28,7 @@ from vrun.cow.supervisor import (
     be_supervisor,
 )
 from vrun.errors import ToolError
-from vrun.loop import Loop
+from vrun.loop import Aborted, Loop
 from vstore.keeper import Keeper
 from vstore.pool import Pool
 from vstore.record import dataclass
@@ -36,6 +37,7 @@ from vstore.window import LINGER_S
 
 _AGAIN_S: Final = 0.05
 """A supervisor that ends sooner than this after its start is held back for so long."""
+_ENDS_WITHIN_S: Final = 10.0
 _MOST_REMEMBERED: Final = 20
 
 
@@ -236,26 +238,38 @@ class Supervision:
             heir.write_report(self._name, heir.Report(self.pid, self.attacks, attackers))
 
     def close(self) -> None:
-        """No process of the guest is left: end the supervisor, and put right what it held.
-
-        Raises OSError, ToolError.
-        """
+        """No process of the guest is left: end the supervisor, and put right what it held."""
         control, self._control = self._control, None
         if control is not None:
             self._loop.unwatch(control.socket.fileno())
             control.close()
         for fd in self._listeners:
-            if fd >= 0:
-                os.close(fd)
+            os.close(fd)
         self._listeners.clear()
-        if self.pid:
-            self._loop.wait_child(self.pid)
+        self._end_supervisor()
         self._forget()
-        if self._bequest is not None:
-            self._bequest.take_over(lambda leased: settle_stage(self._pool, self._stage_fd, leased))
-            self._bequest.close()
+        try:
+            if self._bequest is not None:
+                self._bequest.take_over(self._settle)
+                self._bequest.close()
+        except (OSError, ToolError) as error:
+            self._note(f"what its supervisor held is left for the next vunify: {error}")
         if self._heir is not None:
             self._heir.close()
             heir.forget(self._name)
         self._stack.close()
         _open_files.restore()
+
+    def _end_supervisor(self) -> None:
+        """It ends by itself when its last leases have gone."""
+        if not self.pid:
+            return
+        status = None
+        with suppress(Aborted):
+            status = self._loop.wait_child(self.pid, deadline=time.monotonic() + _ENDS_WITHIN_S)
+        if status is None:
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
+
+    def _settle(self, leased: list[int]) -> None:
+        settle_stage(self._pool, self._stage_fd, leased)
