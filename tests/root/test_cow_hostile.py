@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
@@ -21,6 +22,7 @@ from tests.fixtures.probes import is_soak, need
 from tests.fixtures.windows import Shared, guest_cgroup, own_windows, shared_file
 from vrun.cow.keeping import Supervision
 from vrun.cow.numbers import AUDIT_ARCH_I386, TABLES
+from vstore.keeper import Keeper
 from vstore.syscalls import RENAME_EXCHANGE, renameat2
 from vstore.window import Windows
 
@@ -206,11 +208,11 @@ def _shared_again(all_shared: list[Shared]) -> Iterator[None]:
         code = 1
         try:
             with own_windows(all_shared[0].pool, linger_s=0.05) as (windows, keeper, _):
+                Thread(target=_drain, args=(keeper,), daemon=True).start()
                 while not select.select([stop_fd], [], [], 0.001)[0]:
                     for shared in all_shared:
                         with suppress(OSError):
                             _share(windows, shared)
-                        keeper.drain()
             code = 0
         finally:
             os._exit(code)
@@ -220,6 +222,12 @@ def _shared_again(all_shared: list[Shared]) -> Iterator[None]:
     finally:
         os.close(go_fd)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+def _drain(keeper: Keeper) -> None:
+    """As another process would."""
+    while select.select([keeper], [], [])[0]:
+        keeper.drain()
 
 
 def _share(windows: Windows, shared: Shared) -> None:
