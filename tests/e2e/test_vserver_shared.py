@@ -166,3 +166,21 @@ def test_status_tells_which_protection_is_in_force(host: Host) -> None:
     wait_until(lambda: not is_alive(shown["supervisor"]))
     assert "Shared files: read only" in host.vserver("web", "status").stdout
     assert json.loads(host.vserver("web", "status", "--json").stdout)["protection"] == "read-only"
+
+
+def test_a_guest_whose_supervisor_cannot_work_does_not_start(host: Host) -> None:
+    (host.etc.vdirbase / ".pool/format").write_text("something newer\n")
+    done = host.vserver("web", "start", code=1)
+    assert "format" in done.stderr
+    assert not host.state("web")
+    (host.etc.vdirbase / ".pool/format").write_text("vserver-tools pool 1\n")
+    host.vserver("web", "start")
+
+
+def test_what_a_guest_inherits_is_not_what_its_monitor_needs(host: Host) -> None:
+    shown = "ulimit -Sn; ulimit -Hn"
+    host.vserver("web", "start")
+    inside = host.inside("web", "sh", "-c", shown).split()
+    init = Path(f"/proc/{host.init_pid('web')}/limits").read_text()
+    line = next(line for line in init.splitlines() if line.startswith("Max open files"))
+    assert line.split()[3:5] == inside
