@@ -54,6 +54,7 @@ def prepare(context: Context) -> None:
         context.supervision = Supervision(
             vdirbase() / _POOL, context.loop, context.audience.note, name=context.spec.name
         )
+        context.supervision.begin()
 
 
 def program(context: Context) -> bytes:

@@ -107,6 +107,7 @@ class Supervision:
         self._control: Connection | None = None
         self._is_settled = False
         self._has_served = False
+        self._is_begun = False
         self._began_s = 0.0
         self.pid = 0
         """Of the supervisor; 0: there is none."""
@@ -136,10 +137,18 @@ class Supervision:
 
     # --- the supervisor
 
-    def start(self) -> None:
-        """Fork the supervisor, and wait until it serves. Raises ToolError, Aborted."""
-        _open_files.allow()
+    def begin(self) -> None:
+        """Fork the supervisor, and do not wait: it makes itself ready beside the guest. Raises
+        OSError.
+        """
+        self._is_begun = True
         self._fork()
+
+    def start(self) -> None:
+        """Wait until the supervisor serves, forked now if it was not. Raises ToolError, Aborted."""
+        _open_files.allow()
+        if not self._is_begun:
+            self.begin()
         self._loop.wait(lambda: self._is_settled or not self.pid)
         if not self.pid:
             raise ToolError("the supervisor of its shared files does not work")
