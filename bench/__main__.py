@@ -3,6 +3,7 @@
     python -m bench unify                 real guests: times, bytes reclaimed, memory
     python -m bench scale --kind mix      seeded trees: 100,000 and 1,000,000 files
     python -m bench start --repeat 20     a guest beside systemd-nspawn, runc, ...; 50 at once
+    python -m bench cow                   a guest that shares its files, beside one that does not
 
 Reports go to bench/reports/ as Markdown and JSON. A text NAME.notes.md beside them becomes part
 of the Markdown.
@@ -23,7 +24,7 @@ from typing import Final, NoReturn
 
 import vrun
 import vstore
-from bench import cases, machine, report, startreport, starts
+from bench import cases, cow, machine, report, startreport, starts
 from bench.cases import Options, Results
 from bench.figures import Target, scale_targets, unify_targets
 from bench.images import FILE_SYSTEMS, BenchError, enter_mount_namespace
@@ -37,6 +38,7 @@ log = logging.getLogger("bench")
 _REPORTS: Final = Path(__file__).parent / "reports"
 _CASES: Final = {"unify": cases.unify, "scale": cases.scale}
 _START: Final = "start"
+_COW: Final = "cow"
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -50,6 +52,8 @@ def main(arguments: Sequence[str]) -> int:
         enter_mount_namespace(list(arguments))
         if options.case == _START:
             _run_starts(options)
+        elif options.case == _COW:
+            _run_cow(options)
         else:
             _run(options)
     except BenchError as error:
@@ -70,7 +74,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         "python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("case", choices=sorted([*_CASES, _START]))
+    add("case", choices=sorted([*_CASES, _START, _COW]))
     add("--size", choices=("small", "full"), default="full")
     add("--repeat", type=int, default=3, metavar="N", help="rounds in turn (default 3)")
     add("--fs", choices=FILE_SYSTEMS, default="xfs", help="file system of the trees (default xfs)")
@@ -161,6 +165,24 @@ def _run_starts(options: argparse.Namespace) -> None:
         notes=_notes(options.out / f"{_START}.notes.md"),
     )
     startreport.write(made, options.out, _START)
+    sys.stdout.write(report.show_targets(made.targets))
+
+
+def _run_cow(options: argparse.Namespace) -> None:
+    load = os.getloadavg()[0]
+    for folder in (*vstore.__path__, *vrun.__path__):
+        compileall.compile_dir(folder, quiet=1)
+    results = cow.measure(options.repeat, options.fs, is_small=options.size == "small")
+    name = _report_name(options)
+    made = cow.CowReport(
+        day=datetime.now(UTC).date().isoformat(),
+        rounds=options.repeat,
+        machine=machine.look(file_system=options.fs, load_before=load),
+        results=results,
+        targets=cow.targets(results),
+        notes=_notes(options.out / f"{name}.notes.md"),
+    )
+    cow.write(made, options.out, name)
     sys.stdout.write(report.show_targets(made.targets))
 
 

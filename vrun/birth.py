@@ -36,6 +36,8 @@ class Birth:
     report_fd: int
     """A socket: the stub waits there for the word, and tells what became of the program."""
     stub_fd: int | None = None
+    notifying: bytes = b""
+    """The filter of copy-on-write links; empty where the guest shares no files."""
     network_fd: int = -1
     """A network namespace to enter; -1: the host's, or a new one."""
 
@@ -118,6 +120,12 @@ def leave_keyring(birth: Birth) -> None:
 
 
 def load_filter(birth: Birth) -> None:
+    if birth.notifying:
+        from vrun.cow import notifyfilter  # the monitor has loaded it
+
+        listener_fd = notifyfilter.load(birth.notifying)
+        birth.far.say("listener", fds=(listener_fd,))
+        os.close(listener_fd)
     seccomp.load(birth.filter)
 
 

@@ -4,6 +4,7 @@ A pair of sockets, its far end closed when the guest's init is executed. Message
 NUL bytes:
 
     console                    with it a descriptor of the console's other side
+    listener                   with it where calls wait that shared files are in the way of
     ready                      all is set up; the stub (stub.py) is all that is left to do
     warn TEXT
     failed STEP REASON HINT    the last message; STEP is empty where REASON says it all

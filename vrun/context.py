@@ -8,7 +8,7 @@ import struct
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from vrun import prepare, scripts, state
 from vrun.audience import Audience
@@ -21,6 +21,9 @@ from vrun.order import Order
 from vrun.reports import Reports
 from vrun.spec import GuestSpec
 from vstore.record import dataclass, field
+
+if TYPE_CHECKING:
+    from vrun.cow.keeping import Supervision
 
 _PIDFD_INFO: Final = struct.Struct("=QQ11Ii")  # struct pidfd_info
 _PIDFD_GET_INFO: Final = 0xC040FF0B  # linux/pidfd.h
@@ -62,6 +65,10 @@ class Context:
     reports_fd: int = -1
     """A socket to the stub, which executes the program that starts the guest."""
     reports: Reports | None = None
+    protection: str = "none"
+    """Of its shared files: one of the words of protection.py."""
+    supervision: "Supervision | None" = None
+    """What serves its calls, where it has shared files."""
     _has_ended: bool = False
 
     @property
@@ -190,6 +197,9 @@ class Context:
         if self.console:
             self.console.close()
             self.console = None
+        if self.supervision:
+            supervision, self.supervision = self.supervision, None
+            supervision.close()
         if self.init_fd >= 0:
             self.loop.unwatch(self.init_fd)
             os.close(self.init_fd)

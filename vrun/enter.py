@@ -18,8 +18,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Final
 
-from vrun import capabilities, ceiling, namespaces, seccomp, stub, users
+from vrun import capabilities, ceiling, control, namespaces, seccomp, stub, users
 from vrun.cgroup import Group
+from vrun.control import Connection
 from vrun.errors import ToolError
 from vrun.freezer import find_frozen
 from vrun.hierarchy import find_hierarchies
@@ -36,7 +37,7 @@ from vrun.mountfd import open_inside
 from vrun.relay import Relay
 from vrun.state import load_resources
 from vrun.users import User
-from vstore.guest import RunState, load_state, rundir
+from vstore.guest import COPY_ON_WRITE, RunState, load_state, rundir
 
 EXIT_SIGNAL: Final = 128
 
@@ -160,6 +161,9 @@ def _open(name: str, stack: ExitStack) -> Target:
     held = ceiling.load(name)
     words = held.umask | seccomp.personality_words(held.personality)
     program = seccomp.cached_program(rundir() / ".filters", held.capabilities, held.ccaps, words)
+    notifying, monitor = b"", None
+    if state.protection == COPY_ON_WRITE:
+        notifying, monitor = _find_supervisor(name, stack)
     return Target(
         name=name,
         init_fd=init_fd,
@@ -171,7 +175,23 @@ def _open(name: str, stack: ExitStack) -> Target:
         oom_score_adj=oom_score_adj,
         kept=held.capabilities & bounding,
         program=program,
+        notifying=notifying,
+        monitor=monitor,
     )
+
+
+def _find_supervisor(name: str, stack: ExitStack) -> tuple[bytes, Connection]:
+    """The filter that has the guest's shared files copied on write, and who serves its calls."""
+    from vrun.cow import notifyfilter
+
+    monitor = control.connect(name)
+    if monitor is None:
+        raise JoinFailed(
+            f"guest {name}: its monitor is gone, which has its shared files copied on write",
+            hint=f"vserver {name} start",
+        )
+    stack.callback(monitor.close)
+    return notifyfilter.cached_program(rundir() / ".filters"), monitor
 
 
 def _wait_thawed(target: Target) -> None:

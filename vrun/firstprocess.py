@@ -13,7 +13,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final, NoReturn
 
-from vrun import birth, ceiling, mounts, namespaces, outside, seccomp, state, styles, syscalls
+from vrun import (
+    birth,
+    ceiling,
+    mounts,
+    namespaces,
+    outside,
+    protection,
+    seccomp,
+    state,
+    styles,
+    syscalls,
+)
 from vrun.cgroup import Group
 from vrun.chain import Chain, FarEnd
 from vrun.console import Console
@@ -94,6 +105,7 @@ def _plan_birth(context: Context, far: FarEnd, report_fd: int) -> birth.Birth:
         kind="exec" if styles.is_pid_one(spec, rescue) else "wait",
         root=options,
         filter=_load_filter(context),
+        notifying=protection.program(context),
         far=far,
         report_fd=report_fd,
         network_fd=context.network_fd,
@@ -143,6 +155,7 @@ def await_ready(context: Context) -> None:
     chain = context.running_chain()
     chain.expect("console")
     context.console = Console(chain.fds.pop(0), context.loop, context.log)
+    protection.begin(context)
     chain.expect("ready")
 
 
@@ -151,14 +164,13 @@ def write_state(context: Context) -> None:
     spec = context.spec
     ceiling.write(spec.name, ceiling.of(spec))
     pool = vdirbase() / ".pool"
-    is_pooled = pool.is_dir() and "LINUX_IMMUTABLE" not in spec.capabilities
     running = RunState(
         xid=context.xid,
         init_pid=context.init_pid,
         init_start=state.start_of(context.init_pid),
         cgroup=outside.group_of(context).path,
         pool=pool if pool.is_dir() else None,
-        protection="immutable" if is_pooled else "none",
+        protection=context.protection,
     )
     state.write_state(spec.name, running)
 

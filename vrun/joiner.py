@@ -15,6 +15,7 @@ from typing import Final, NoReturn
 
 from vrun import capabilities, limits, namespaces, seccomp, stub, syscalls
 from vrun.cgroup import Group
+from vrun.control import Connection
 from vrun.errors import ToolError
 from vrun.spec import GuestSpec
 from vrun.users import User
@@ -47,6 +48,10 @@ class Target:
     """The capabilities of its ceiling that its init has not given up."""
     program: bytes
     """The system call filter."""
+    notifying: bytes = b""
+    """The filter of copy-on-write links; empty where the guest shares no files."""
+    monitor: Connection | None = None
+    """To the guest's monitor, which has those calls served."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +203,16 @@ def _take_keyring(joiner: Joiner) -> None:
 
 
 def _load_filter(joiner: Joiner) -> None:
-    seccomp.load(joiner.target.program)
+    target = joiner.target
+    if target.monitor is not None:
+        from vrun.cow import notifyfilter  # whoever forked us has loaded it
+
+        listener_fd = notifyfilter.load(target.notifying)
+        target.monitor.send("listener", fds=(listener_fd,))
+        os.close(listener_fd)
+        if target.monitor.receive() != ["end", "0", "", ""]:
+            raise ToolError("its monitor does not serve its shared files")
+    seccomp.load(target.program)
 
 
 def _become_user(joiner: Joiner) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Final
 
-from vrun import birth, firstprocess, outside
+from vrun import birth, firstprocess, outside, protection
 from vrun.context import Context
 from vrun.errors import ToolError
 from vstore.record import dataclass
@@ -56,6 +56,7 @@ STEPS: Final[tuple[Step, ...]] = (
     Step("see what its init is", outside.look_at_init),
     Step("run its scripts pre-start", outside.run_pre_start),
     Step("open its network", outside.open_network),
+    Step("protect its shared files", protection.prepare),
     Step("launch its first process", _launch, firstprocess.kill),
     Step("configure its network", outside.configure_network),
     # Meanwhile the guest's first process sets itself up.

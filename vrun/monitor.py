@@ -16,19 +16,31 @@ from pathlib import Path
 from types import FrameType
 from typing import Final, NoReturn
 
-from vrun import control, ending, inherited, launch, namespaces, scripts, state, stop, syscalls
+from vrun import (
+    control,
+    ending,
+    inherited,
+    launch,
+    namespaces,
+    protection,
+    scripts,
+    state,
+    stop,
+    syscalls,
+)
 from vrun.audience import Audience
 from vrun.cgroup import Group
 from vrun.config import load_spec
 from vrun.console import Log, log_path
 from vrun.context import Context
 from vrun.control import Connection, Outcome
+from vrun.cow import heir
 from vrun.errors import ToolError
 from vrun.loop import Aborted, Loop, close_all_but
 from vrun.order import Order, Task
 from vrun.spec import GuestSpec
 from vrun.state import Ended, find_running
-from vstore.guest import Guest
+from vstore.guest import COPY_ON_WRITE, Guest
 from vstore.record import replace
 
 _QUICK_S: Final = 5.0
@@ -168,11 +180,22 @@ class Monitor:
             case ["stop"]:
                 self._admit(connection)
                 self._ask_for_stop("it is being stopped")
+            case ["listener"]:
+                self._serve_joined(connection)
             case ["console", "follow" | "attach" as mode]:
                 self._show_console(connection, attach=mode == "attach")
             case _:
                 connection.end(Outcome(1, f"guest {self._guest.name}: cannot be asked for that"))
                 connection.close()
+
+    def _serve_joined(self, connection: Connection) -> None:
+        """A process joins the guest: its calls wait at a listener of their own."""
+        if self._context and self._context.supervision and connection.fds:
+            self._context.supervision.add(connection.fds.pop(0))
+            connection.end(Outcome(0))
+        else:
+            connection.end(Outcome(1, f"guest {self._guest.name}: nobody serves its shared files"))
+        connection.close()
 
     def _show_console(self, connection: Connection, *, attach: bool) -> None:
         if self._context and self._context.console:
@@ -222,13 +245,14 @@ class Monitor:
         self._audience.logfile = context.spec.helper.logfile
         for warning in context.spec.warnings:
             self._audience.warn(warning)
+        self._context = context  # a process may join before the start is over
         try:
             self._start(context)
         except (ToolError, Aborted) as error:
+            self._context = None
             context.close()
             self._failed(error)
             return
-        self._context = context
         self._order = replace(self._order, rescue=None)  # a reboot starts the guest itself
         if not self._wants_stop:
             self._tell(Outcome(0))
@@ -334,6 +358,9 @@ class Monitor:
         context.take_init(running.init_pid)
         context.root_fd = os.open(f"/proc/{running.init_pid}/root", os.O_PATH | os.O_DIRECTORY)
         context.is_ours = False
+        context.protection = running.protection
+        if running.protection == COPY_ON_WRITE and not wants_stop:
+            protection.take_over(context)
         self._context = context
         self._wants_stop |= wants_stop
         if not wants_stop:
@@ -376,6 +403,7 @@ class Monitor:
             context.resources = resources
             stop.clean(context)
         state.forget_run(name)
+        heir.forget(name)
 
     def _take_own_mounts(self) -> None:
         """Begin with the host's mounts: what was mounted for a run goes with its namespace."""

@@ -6,12 +6,18 @@ from typing import Any, Final
 
 from vrun import control, state
 from vrun.cgroup import Group
+from vrun.cow.heir import NONE, READ_ONLY, Report, load_report
 from vrun.state import Ended, find_running
-from vstore.guest import Guest, RunState
+from vstore.guest import COPY_ON_WRITE, Guest, RunState
 from vstore.record import dataclass
+from vstore.render import show_name
 
 _TICKS: Final = os.sysconf("SC_CLK_TCK")
 _DAY_S: Final = 86_400
+_SHOWN: Final = {
+    READ_ONLY: "read only: the supervisor is gone; restart the guest",
+    "open": "not protected: the guest has the capability LINUX_IMMUTABLE",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +31,17 @@ class Status:
     has_monitor: bool
     ended: Ended | None
     """How its last run ended, if it does not run."""
+    report: Report | None = None
+    """Of the supervisor of its shared files, if it has one."""
+
+    @property
+    def protection(self) -> str:
+        """Which protection of its shared files is in force."""
+        if self.running is None:
+            return NONE
+        if self.running.protection == COPY_ON_WRITE and not (self.report and self.report.is_alive):
+            return READ_ONLY
+        return self.running.protection
 
 
 def look_at(guest: Guest) -> Status:
@@ -39,6 +56,7 @@ def look_at(guest: Guest) -> Status:
         time.clock_gettime(time.CLOCK_BOOTTIME) - running.init_start / _TICKS,
         control.is_listening(guest.name),
         None,
+        load_report(guest.name) if running.protection == COPY_ON_WRITE else None,
     )
 
 
@@ -53,9 +71,24 @@ def as_text(status: Status) -> str:
         f"Number of processes: {status.processes}",
         f"Uptime: {show_uptime(status.uptime_s)}",
     ]
+    lines += _shared_lines(status)
     if not status.has_monitor:
         lines.append(f"Its monitor is gone; vserver {name} start gives it a new one")
     return "\n".join(lines)
+
+
+def _shared_lines(status: Status) -> list[str]:
+    """How its shared files are protected; nothing where it has none."""
+    if status.protection == NONE:
+        return []
+    lines = [f"Shared files: {_SHOWN.get(status.protection, status.protection)}"]
+    if status.report and status.report.attacks:
+        lines.append(f"Attacks on shared files: {status.report.attacks}")
+        lines += [
+            f"  process {pid} ({show_name(command)}) was killed"
+            for pid, command in status.report.attackers
+        ]
+    return lines
 
 
 def as_line(status: Status) -> str:
@@ -85,9 +118,15 @@ def as_json(status: Status) -> dict[str, Any]:
             "init_pid": running.init_pid,
             "cgroup": os.fspath(running.cgroup),
             "pool": os.fspath(running.pool) if running.pool else None,
-            "protection": running.protection,
+            "protection": status.protection,
             "monitor": status.has_monitor,
         }
+        if status.report is not None:
+            values["supervisor"] = status.report.supervisor
+            values["attacks"] = status.report.attacks
+            values["attackers"] = [
+                {"pid": pid, "command": command} for pid, command in status.report.attackers
+            ]
     elif ended is not None:
         values["ended"] = {
             "how": ended.how,

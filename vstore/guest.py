@@ -245,6 +245,10 @@ def _resolve(path: Path) -> Path:
     return Path(os.path.realpath(path))
 
 
+COPY_ON_WRITE: Final = "copy-on-write"
+"""Shared files are immutable, and a supervisor gives the guest copies of what it writes to."""
+
+
 @dataclass(frozen=True, slots=True)
 class RunState:
     """A running guest, as its RUNDIR/NAME/state.json tells."""
@@ -258,7 +262,7 @@ class RunState:
     """The directory of its v2 cgroup."""
     pool: Path | None
     protection: str
-    """What keeps shared inodes from its root."""
+    """What keeps shared inodes from its root: COPY_ON_WRITE, or another word of vrun's."""
 
 
 def load_state(name: str) -> RunState | None:

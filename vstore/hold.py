@@ -15,7 +15,7 @@ from typing import Final
 
 from vstore import inode
 from vstore.errors import NotPermitted, PoolBusy, ToolError, WrongUsage
-from vstore.guest import Guest, hold_lock, load_state, rundir, vdirbase
+from vstore.guest import COPY_ON_WRITE, Guest, RunState, hold_lock, load_state, rundir, vdirbase
 from vstore.pool import POOL_NAME, find_mount_id
 from vstore.window import LINGER_S
 
@@ -32,6 +32,7 @@ class Held:
     fd: int  # its root
     device: int
     cgroup: str  # of a running guest; empty for one that does not run
+    is_served: bool = True  # shared files are copied on write, if it runs
 
     @property
     def is_running(self) -> bool:
@@ -84,9 +85,9 @@ def hold_guests(
 
 
 def _hold(guest: Guest, pool: Path, offline: bool, stack: ExitStack) -> Held:
-    cgroup = ""
+    state = None
     if guest.is_configured:
-        cgroup = _lock_or_find_cgroup(guest, pool, stack)
+        state = _lock_or_find_state(guest, pool, stack)
     elif not offline:
         raise NotPermitted(
             f"{guest.root}: a plain tree has nothing that breaks links on write, nor a lock",
@@ -95,15 +96,33 @@ def _hold(guest: Guest, pool: Path, offline: bool, stack: ExitStack) -> Held:
         )
     fd = os.open(guest.root, inode.OPEN_FOLDER)
     stack.callback(os.close, fd)
-    return Held(guest, fd, os.fstat(fd).st_dev, cgroup)
+    device = os.fstat(fd).st_dev
+    if state is None:
+        return Held(guest, fd, device, "")
+    is_served = state.protection == COPY_ON_WRITE
+    return Held(guest, fd, device, os.fspath(state.cgroup), is_served)
 
 
-def _lock_or_find_cgroup(guest: Guest, pool: Path, stack: ExitStack) -> str:
+def check_served(held: Held) -> None:
+    """Refuse to share inodes with a guest that runs and could not write to them.
+
+    Raises NotPermitted.
+    """
+    if not held.is_served:
+        raise NotPermitted(
+            f"guest {held.guest.name}: runs without copy-on-write links, since it shared no files "
+            "when it was started: it could not write to shared ones",
+            hint=f"stop it for the first time; vserver {held.guest.name} status says when it has "
+            "them",
+        )
+
+
+def _lock_or_find_state(guest: Guest, pool: Path, stack: ExitStack) -> RunState | None:
     state = load_state(guest.name)
     if state is None and stack.enter_context(hold_lock(guest.name, wait_s=_WAIT_S)):
         state = load_state(guest.name)  # alive although its monitor, which had the lock, is gone
         if state is None:
-            return ""
+            return None
     state = state or load_state(guest.name)
     if state is None:
         raise PoolBusy(
@@ -115,7 +134,7 @@ def _lock_or_find_cgroup(guest: Guest, pool: Path, stack: ExitStack) -> str:
             f"guest {guest.name} runs with the pool {state.pool}, not {pool}",
             hint=f"use --pool {state.pool}, or stop the guest first",
         )
-    return os.fspath(state.cgroup)
+    return state
 
 
 def check_same_mount(held: Held, pool_fd: int, *, pool: Path) -> None:

@@ -53,6 +53,14 @@ class Keeper:
         self._socket.setblocking(False)
         self._held: dict[bytes, list[int]] = {}
 
+    def fileno(self) -> int:
+        """Can be read when there is something to drain."""
+        return self._socket.fileno()
+
+    def held_fds(self) -> list[int]:
+        """The descriptors of all that is held, and the keeper's own."""
+        return [*(fd for group in self._held.values() for fd in group), self.fileno()]
+
     def drain(self) -> None:
         """Take in what the holder has said; never waits.
 
@@ -96,6 +104,13 @@ class Keeper:
                     fcntl.flock(fd, fcntl.LOCK_EX)  # not in the middle of another program's batch
                     os.write(fd, b"0")
             self._close_held([*cgroups])
+
+    def join(self, other: "Keeper") -> None:
+        """Hold what `other` holds too; it holds nothing any more."""
+        for key, fds in other._held.items():
+            self._held.setdefault(key, []).extend(fds)
+        other._held.clear()
+        other.close()
 
     def close(self) -> None:
         """Let everything go; in a forked child this closes copies and changes nothing."""

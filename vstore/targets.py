@@ -13,7 +13,7 @@ from pathlib import Path
 from vstore import exclude
 from vstore.errors import NotPermitted, ToolError, WrongUsage
 from vstore.guest import Guest, list_guests, load_guest, load_state, refservers, tree_guest
-from vstore.hold import Held, check_same_mount, default_pool, hold_guests
+from vstore.hold import Held, check_same_mount, check_served, default_pool, hold_guests
 from vstore.order import Target
 from vstore.pool import Pool
 
@@ -104,6 +104,7 @@ def open_campaign(
                 pool,
                 refused=refused if tolerant else None,
                 apart=apart if with_blocks else None,
+                is_linking=True,
             )
         )
         if obstacle:
@@ -169,9 +170,10 @@ def _on_mount(
     *,
     refused: list[tuple[str, str]] | None,
     apart: list[tuple[Held, str]] | None,
+    is_linking: bool = False,
 ) -> Iterator[Held]:
     """The guests that are on the pool's mount; where there is no pool yet, on that of its
-    folder-to-be.
+    folder-to-be. If `is_linking` they must be able to write to shared files.
 
     The others are noted in `apart` where only inodes cannot be shared, else in `refused`, or
     raised where there is no such list.
@@ -181,6 +183,8 @@ def _on_mount(
         for item in held:
             try:
                 check_same_mount(item, fd, pool=path)
+                if is_linking:
+                    check_served(item)
             except ToolError as error:
                 if apart is not None and isinstance(error, NotPermitted):
                     apart.append((item, error.message))

@@ -100,6 +100,8 @@ class Windows:
         self._linger_s = 0.0
         self._most_lingering = find_linger_limit()
         self._lingering: deque[tuple[float, bytes, list[int]]] = deque()
+        self._lingering_fds = 0
+        self._looks: dict[int, Look] = {}  # of those that linger, before their windows
         self._unsettled: set[int] = set()  # thawed, or frozen while somebody still waits
         self._kept: set[int] = set()  # of them those whose batch is over
         self._is_doubtful = False
@@ -152,6 +154,8 @@ class Windows:
         `repel_writers`, or when somebody keeps on changing them.
         """
         before = Look.at(fd) if self._linger_s else None
+        if before is not None:
+            self._looks.setdefault(fd, before)
         self._unsettled.add(fd)
         try:
             _clear_immutable(fd)
@@ -219,7 +223,7 @@ class Windows:
         Called before a guest is held still, so that `guard` need not wait then.
         """
         self._expire(time.monotonic())
-        while sum([len(fds) for _, _, fds in self._lingering]) > self._most_lingering:
+        while self._lingering_fds > self._most_lingering:
             self._wait_and_expire()
 
     def idle(self) -> float | None:
@@ -228,6 +232,11 @@ class Windows:
         """
         self._expire(time.monotonic())
         return max(0.0, self._lingering[0][0] - time.monotonic()) if self._lingering else None
+
+    @property
+    def next_due(self) -> float | None:
+        """When the next leases are to be let go (monotonic clock); None where none linger."""
+        return self._lingering[0][0] if self._lingering else None
 
     def let_all_go(self) -> None:
         """Let the lingering leases go, each in its time: before this process is busy for long."""
@@ -239,6 +248,7 @@ class Windows:
         self.let_all_go()
         for fd in sorted(self._kept):
             if self._settle(fd):
+                self._looks.pop(fd, None)
                 self._give_up(fd)
                 os.close(fd)
                 self._kept.discard(fd)
@@ -254,6 +264,10 @@ class Windows:
     def _expire(self, now: float) -> None:
         while self._lingering and self._lingering[0][0] <= now:
             _, key, fds = self._lingering.popleft()
+            self._lingering_fds -= len(fds)
+            for fd in fds:
+                with suppress(OSError, ToolError):
+                    self._settle_look(fd)
             kept = self._release(key, fds)
             for fd in fds:
                 if fd not in kept:
@@ -270,6 +284,7 @@ class Windows:
         for fd in self._unsettled.intersection(fds):
             self._is_doubtful |= not self._settle(fd)
         self._lingering.append((time.monotonic() + linger_s, key, fds))
+        self._lingering_fds += len(fds)
         return set(fds)
 
     def _release(self, key: bytes, fds: list[int]) -> set[int]:
@@ -277,6 +292,7 @@ class Windows:
         kept = set()
         for fd in fds:
             if self._settle(fd):
+                self._looks.pop(fd, None)
                 self._give_up(fd)
             else:
                 kept.add(fd)
@@ -313,6 +329,19 @@ class Windows:
             self._unsettled.add(fd)
             return False
         return True
+
+    def _settle_look(self, fd: int) -> None:
+        """No lease holds up who changes metadata: one that was preempted in the window may have
+        done so after it.
+        """
+        before = self._looks.get(fd)
+        if before is None or Look.at(fd) == before:
+            return
+        self._locks.take([os.fstat(fd).st_ino])
+        try:
+            self._put_back(fd, before)
+        finally:
+            self._locks.drop()
 
     # --- notes for those who come after us
 

@@ -1,0 +1,209 @@
+"""The kernel's side of a supervisor: calls of a guest that wait for an answer.
+
+See seccomp_unotify(2), linux/seccomp.h. A notification is 80 bytes, which the kernel writes
+straight into a page that is shared with the monitor: when this process is killed, its successor
+finds the call that was in work there, since the kernel tells of each call once only.
+"""
+
+import errno
+import fcntl
+import mmap
+import os
+import struct
+from contextlib import suppress
+from typing import Any, Final, NamedTuple
+
+RECV: Final = 0xC0502100
+SEND: Final = 0xC0182101
+ID_VALID: Final = 0x40082102
+ADDFD: Final = 0x40182103
+SET_FLAGS: Final = 0x40082104
+
+CONTINUE: Final = 1  # SECCOMP_USER_NOTIF_FLAG_CONTINUE
+SYNC_WAKE_UP: Final = 1  # SECCOMP_USER_NOTIF_FD_SYNC_WAKE_UP, Linux 6.6
+_ADDFD_SETFD: Final = 1
+
+SIZE: Final = 80
+_NOTIFICATION: Final = struct.Struct("=QIIiIQ6Q")
+_RESPONSE: Final = struct.Struct("=QqiI")
+_ADDED: Final = struct.Struct("=QIIII")
+_ID: Final = struct.Struct("=Q")
+_EMPTY: Final = bytes(SIZE)
+_PAGE_SIZE: Final = 4096
+"""fcntl.ioctl() hands buffers over 1,024 bytes to the kernel as they are, smaller ones by a copy
+that a kill may catch half way."""
+
+_WHOSE: Final = struct.Struct("=i")
+_WHOSE_PLACE: Final = 128
+_RESULT: Final = struct.Struct("=Qqi")
+_RESULT_PLACE: Final = 192
+_SLOTS_PLACE: Final = 256
+_SLOT_SIZE: Final = 96
+_SLOTS: Final = 40
+
+
+class Call(NamedTuple):
+    """A call of a guest that waits for its answer."""
+
+    id: int
+    tid: int
+    """The calling thread, as this process numbers it."""
+    flags: int
+    number: int
+    arch: int
+    instruction: int
+    a0: int
+    a1: int
+    a2: int
+    a3: int
+    a4: int
+    a5: int
+
+    @property
+    def arguments(self) -> tuple[int, ...]:
+        return self[6:]
+
+
+class Gone(Exception):
+    """The caller does not wait any more: it was killed, or a signal interrupted it."""
+
+
+class Page:
+    """The call in work, in memory that outlives this process.
+
+    bytes 0-79     the notification, as the kernel wrote it; all 0: there is none
+    bytes 128-131  the place of its listener among all
+    bytes 192-211  the call's result, once it is done and as long as it is not told
+    bytes 256-     slots of 96 bytes: calls that wait for something, as in bytes 0-131 (place last)
+    """
+
+    def __init__(self) -> None:
+        """Shared with every process that is forked from this one."""
+        self.memory = mmap.mmap(-1, _PAGE_SIZE)
+
+    def note_listener(self, place: int) -> None:
+        """What comes next comes from this listener."""
+        _WHOSE.pack_into(self.memory, _WHOSE_PLACE, place)
+
+    def note_result(self, call_id: int, value: int, error: int) -> None:
+        """The call has been carried out."""
+        _RESULT.pack_into(self.memory, _RESULT_PLACE, call_id, value, error)
+
+    def load_all(self) -> list[tuple[int, Call, tuple[int, int] | None]]:
+        """The calls that were in work: the place of the listener, the call, and its result if it
+        has one. The slots are free afterwards.
+        """
+        found = []
+        done_id, value, error = _RESULT.unpack_from(self.memory, _RESULT_PLACE)
+        (place,) = _WHOSE.unpack_from(self.memory, _WHOSE_PLACE)
+        call = self._load(0)
+        if call.id:
+            found.append((place, call, (value, error) if done_id == call.id else None))
+        for slot in range(1, _SLOTS + 1):
+            at = _place_of(slot)
+            call = self._load(at)
+            if call.id:
+                (place,) = _WHOSE.unpack_from(self.memory, at + SIZE)
+                found.append((place, call, None))
+            self.forget(slot)
+        return found
+
+    def _load(self, at: int) -> Call:
+        return Call._make(_NOTIFICATION.unpack_from(self.memory, at))
+
+    def keep(self, call: Call, place: int) -> int:
+        """Keep a call until it is forgotten; the slot that it has got, 0 where none is free."""
+        for slot in range(1, _SLOTS + 1):
+            at = _place_of(slot)
+            if not self._load(at).id:
+                _WHOSE.pack_into(self.memory, at + SIZE, place)
+                _NOTIFICATION.pack_into(self.memory, at, *call)
+                return slot
+        return 0
+
+    def forget(self, slot: int) -> None:
+        """The call of that slot has its answer, or is in work again."""
+        at = _place_of(slot)
+        self.memory[at : at + SIZE] = _EMPTY
+
+
+def _place_of(slot: int) -> int:
+    return _SLOTS_PLACE + (slot - 1) * _SLOT_SIZE
+
+
+class Listener:
+    """Where the calls under one filter wait. `fd` is what seccomp(2) gave."""
+
+    def __init__(self, fd: int, page: Page, place: int = 0) -> None:
+        """`place`: its number among all of the guest."""
+        self.fd = fd
+        self.place = place
+        self.page = page
+        self._memory = page.memory
+        with suppress(OSError):  # an older kernel: 40 µs more for each call
+            fcntl.ioctl(fd, SET_FLAGS, SYNC_WAKE_UP)
+
+    def receive(
+        self,
+        *,
+        _ioctl: Any = fcntl.ioctl,
+        _make: Any = Call._make,
+        _unpack: Any = _NOTIFICATION.unpack_from,
+    ) -> Call | None:
+        """The next call; None where it has gone meanwhile. Only after poll(2) said that one is
+        there. It stays in the page until the next one.
+        """
+        memory = self._memory
+        memory[:SIZE] = _EMPTY
+        self.page.note_listener(self.place)
+        try:
+            _ioctl(self.fd, RECV, memory)
+        except OSError as error:
+            memory[:SIZE] = _EMPTY
+            if error.errno in (errno.ENOENT, errno.EINTR):
+                return None
+            raise
+        call: Call = _make(_unpack(memory))
+        return call
+
+    def go_on(self, call_id: int, *, _ioctl: Any = fcntl.ioctl) -> None:
+        """Let the kernel carry the call out; no harm where nobody waits any more."""
+        try:
+            _ioctl(self.fd, SEND, _RESPONSE.pack(call_id, 0, 0, CONTINUE))
+        except OSError as error:
+            if error.errno != errno.ENOENT:
+                raise
+
+    def answer(self, call_id: int, value: int, error: int) -> None:
+        """The call's result: `value`, or the errno `error` where that is not 0."""
+        try:
+            fcntl.ioctl(self.fd, SEND, _RESPONSE.pack(call_id, value, -error, 0))
+        except OSError as failure:
+            if failure.errno != errno.ENOENT:
+                raise
+
+    def check(self, call_id: int) -> None:
+        """Raise Gone unless the caller still waits: only then its thread id means itself."""
+        try:
+            fcntl.ioctl(self.fd, ID_VALID, _ID.pack(call_id))
+        except OSError as error:
+            raise Gone from error
+
+    def add_fd(self, call_id: int, fd: int, *, at: int = -1, cloexec: bool) -> int:
+        """Give the caller a copy of `fd`, at the number `at` in place of what is there, or at the
+        first free one; the number.
+
+        Raises OSError: EMFILE, EBADF; Gone.
+        """
+        flags, number = (_ADDFD_SETFD, at) if at >= 0 else (0, 0)
+        how = bytearray(_ADDED.pack(call_id, flags, fd, number, os.O_CLOEXEC if cloexec else 0))
+        try:
+            added: int = fcntl.ioctl(self.fd, ADDFD, how)
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.EINPROGRESS, errno.ESRCH):
+                raise Gone from error
+            raise
+        return added
+
+    def close(self) -> None:
+        os.close(self.fd)
