@@ -13,15 +13,16 @@ venv="python3-venv python3-dev gcc libc6-dev"
 guests="debootstrap debian-archive-keyring zstd e2fsprogs mount util-linux libseccomp2"
 filesystems="xfsprogs btrfs-progs acl attr libcap2-bin"
 contexts="busybox-static iproute2 openssh-client"
+copies="openssh-server rsync"
 rivals="jdupes rdfind systemd-container bubblewrap runc"
 machine="qemu-system-x86"
 case $target in
     lint) packages=$venv ;;
     demo) packages="$venv $guests" ;;
-    test) packages="$venv $guests $filesystems $contexts" ;;
-    bench) packages="$venv $guests $filesystems $contexts $rivals" ;;
-    test-vm) packages="$venv $guests $filesystems $contexts $machine" ;;
-    all) packages="$venv $guests $filesystems $contexts $rivals $machine" ;;
+    test) packages="$venv $guests $filesystems $contexts $copies" ;;
+    bench) packages="$venv $guests $filesystems $contexts $copies $rivals" ;;
+    test-vm) packages="$venv $guests $filesystems $contexts $copies $machine" ;;
+    all) packages="$venv $guests $filesystems $contexts $copies $rivals $machine" ;;
     *) echo "setup: no such target: $target" >&2; exit 2 ;;
 esac
 
@@ -49,8 +50,21 @@ missing_packages() {
 }
 
 apt_install() {
+    no_services
     DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends \
-        -o DPkg::Lock::Timeout=300 "$@" >"$log" 2>&1
+        -o DPkg::Lock::Timeout=300 "$@" >"$log" 2>&1 || return
+    case " $* " in  # the tests run an sshd of their own: the machine's is only there for its files
+        *" openssh-server "*)
+            deb-systemd-helper disable ssh.service >/dev/null 2>&1 || true
+            update-rc.d ssh disable >/dev/null 2>&1 || true ;;
+    esac
+}
+
+no_services() {  # what is installed is not started; see invoke-rc.d(8)
+    [ ! -e /usr/sbin/policy-rc.d ] || return 0
+    printf '#!/bin/sh\nexit 101\n' >/usr/sbin/policy-rc.d
+    chmod 755 /usr/sbin/policy-rc.d
+    trap 'rm -f "$log" /usr/sbin/policy-rc.d' EXIT
 }
 
 install_packages() {
