@@ -69,9 +69,7 @@ def _read(file: Path, place: str) -> Iterator[Known]:
 def _is_for(names: str, place: str) -> bool:
     if names.startswith(_HASHED):
         return _is_hash_of(names, place)
-    return matches([name.lower() for name in names.split(",") if "[" not in name], place) or (
-        place in names.lower().split(",")
-    )
+    return matches(names.lower().split(","), place)
 
 
 def _is_hash_of(names: str, place: str) -> bool:

@@ -4,7 +4,6 @@ paramiko reads everything else, but knows no `Include`. A file that is included 
 block counts only where that block matches, and after it the block goes on; see ssh_config(5).
 """
 
-import fnmatch
 import logging
 import os
 import re
@@ -92,10 +91,19 @@ def _applies(block: str, host: str, path: Path) -> bool:
 
 
 def matches(patterns: list[str], host: str) -> bool:
-    """Whether a list of OpenSSH's patterns is for this host: one matches, and none behind a `!`."""
+    """Whether a list of OpenSSH's patterns is for this host: one matches, and none behind a `!`.
+
+    Only `*` and `?` are special: the brackets of `[host]:port` are not.
+    """
     found = False
     for pattern in patterns:
-        if pattern.startswith("!") and fnmatch.fnmatchcase(host, pattern[1:].strip('"')):
-            return False
-        found |= fnmatch.fnmatchcase(host, pattern.strip('"'))
+        is_negated = pattern.startswith("!")
+        words = (
+            ".*" if letter == "*" else "." if letter == "?" else re.escape(letter)
+            for letter in pattern.removeprefix("!").strip('"')
+        )
+        if re.fullmatch("".join(words), host):
+            if is_negated:
+                return False
+            found = True
     return found
