@@ -104,7 +104,9 @@ def _differing_holes(
     start: int, end: int, block: int, base: bytes, zeros: bytes, same: int
 ) -> Iterator[tuple[int, bytes]]:
     """Blocks of a hole where the base has data; beyond the base there is nothing to clear."""
-    for number in range(start // block, min(count_blocks(end, block), len(base) // DIGEST_BYTES)):
+    for number in range(
+        count_blocks(start, block), min(count_blocks(end, block), len(base) // DIGEST_BYTES)
+    ):
         known = base[number * DIGEST_BYTES : (number + 1) * DIGEST_BYTES]
         if known != zeros or number >= same:
             yield number * block, bytes(min(block, end - number * block))

@@ -28,8 +28,9 @@ Origin = tuple[str, Any]
 """Where a content is: ("arrived", digest in hex), ("object", name) or ("base", (path, name))."""
 Step = tuple[Any, ...]
 """What to make, first its kind, then its Spot; the methods of `Placer` say the rest."""
-Answer = tuple[int, list[tuple[bytes, str]]]
-"""How many links to objects were made, and (path, why not) of what could not be made."""
+Answer = tuple[int, list[tuple[bytes, str]], bool]
+"""How many links to objects were made, (path, why not) of what could not be made, and whether the
+job is done."""
 
 DIR, SYMLINK, NODE, EMPTY, LINK, NEW, OWN, NAME, RELINK, FINISH = range(10)
 
@@ -56,6 +57,7 @@ class Placer:
         self._news: list[tuple[Spot, str, str]] = []  # spot, file in arrived, object's name
         self._errors: list[tuple[bytes, str]] = []
         self._linked = 0
+        self._windows_opened = False
         self._make: dict[int, Callable[..., None]] = {
             DIR: self._make_folder,
             SYMLINK: self._make_symlink,
@@ -79,11 +81,17 @@ class Placer:
                     self._make[kind](spot, *what)
                 except OSError as error:
                     self._note(spot, error)
-            self._flush()
+                if self._windows_opened:  # the parent takes notice of leases with each answer
+                    yield self._answer(is_done=False)
+            for _ in self._flush_each():
+                yield self._answer(is_done=False)
         self._close_folder()
-        answer = self._linked, self._errors
-        self._linked, self._errors = 0, []
-        yield answer
+        yield self._answer(is_done=True)
+
+    def _answer(self, *, is_done: bool) -> Answer:
+        answer = self._linked, self._errors, is_done
+        self._linked, self._errors, self._windows_opened = 0, [], False
+        return answer
 
     def _note(self, spot: Spot, error: OSError) -> None:
         if error.errno in _NO_ROOM:
@@ -309,12 +317,20 @@ class Placer:
         return False
 
     def _flush(self) -> None:
+        for _ in self._flush_each():
+            pass
+
+    def _flush_each(self) -> Iterator[None]:
+        """Make all that is noted; yields after each batch of windows."""
         news, self._news = self._news, []
         links, self._links = self._links, []
         if news:
             links = self._enter_pool(news) + links
+            yield
         for start in range(0, len(links), _OBJECTS_A_WINDOW):
             self._link_all(links[start : start + _OBJECTS_A_WINDOW])
+            yield
+        self._windows_opened = True
 
     def _enter_pool(self, news: Sequence[tuple[Spot, str, str]]) -> list[tuple[Spot, str]]:
         """Give the files their names in the pool, a first link, and the immutable flag.

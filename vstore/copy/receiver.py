@@ -191,12 +191,12 @@ class Receiver:
                 self._pins.drop_all()
 
     def _take_answer(self, pins: list[str], answer: placer.Answer) -> None:
-        linked, errors = answer
+        linked, errors, is_done = answer
         self.tally.linked += linked
         for path, reason in errors:
             self.tally.note_error(path, reason)
         self.tally.made -= len(errors)
-        if self._pins is not None:
+        if self._pins is not None and is_done:
             self._pins.drop(pins)
 
     def _jobs(self) -> Iterator[tuple[list[placer.Step], list[str]]]:
@@ -262,6 +262,8 @@ class Receiver:
         packed = bytes(message.parts)
         parts = unpack_parts(packed, message.first)
         rows = [(path, row) for path, some in parts for row in some]
+        if not message.first and (not rows or rows[0][0] or rows[0][1].name):
+            raise Hostile("a manifest that does not begin with the guest's root")
         self._digest.update(packed)
         message.parts = msgspec.Raw(b"")
         batch = _Open(
@@ -432,7 +434,7 @@ class Receiver:
 
     def _take_proofs(self, message: Proofs) -> None:
         batch = self._open.get(message.batch)
-        if batch is None or batch.are_proven or len(message.proofs) != len(batch.proven):
+        if batch is None or batch.are_proven or not 0 < len(message.proofs) == len(batch.proven):
             raise Hostile("proofs that nobody asked for")
         for (place, name), proof in zip(batch.proven, message.proofs, strict=True):
             if not self._chooser.is_proven(name, batch.nonce, proof):

@@ -365,6 +365,7 @@ class _Pass:
         """Give the copy its name, and its configuration where it has none."""
         place = self.place
         syscalls.syncfs(area.fd)
+        before = os.fstat(area.tree_fd)
         drafted = None if place.guest is not None else self._draft()
         try:
             if place.base_fd < 0:
@@ -374,6 +375,8 @@ class _Pass:
                 if not os.path.samestat(now, os.fstat(place.base_fd)):
                     raise ToolError(f"{place.path}: has been replaced by somebody else meanwhile")
                 _move(area, place, syscalls.RENAME_EXCHANGE)
+            # xfs takes the new way up for a change of the folder itself
+            os.utime(area.tree_fd, ns=(before.st_atime_ns, before.st_mtime_ns))
             os.fsync(area.parent_fd)
             if drafted is not None:
                 drafted.put_in_place()
