@@ -16,12 +16,13 @@ difference. The order of one pass:
     receiver           Result             it stands there, or what is missing
 """
 
+from contextlib import suppress
 from typing import Annotated, Any, Final, TypeVar
 
 import msgspec
 from msgspec import Meta
 
-from vstore.copy.wire import Channel
+from vstore.copy.wire import Channel, ConnectionLost
 from vstore.errors import FormatUnknown, ToolError
 
 PROTOCOL: Final = 1
@@ -267,8 +268,18 @@ class Dialogue:
         self.channel = channel
 
     def send(self, message: msgspec.Struct) -> None:
-        """Queue the message. Raises ConnectionLost."""
-        self.channel.send(*encode(message))
+        """Queue the message. Raises ConnectionLost, or what the other side ended with."""
+        try:
+            self.channel.send(*encode(message))
+        except ConnectionLost:
+            self.hear_out()
+            raise
+
+    def hear_out(self) -> None:
+        """Raise what the other side said last, where that is why it does not listen any more."""
+        with suppress(ConnectionLost, Hostile):
+            while True:
+                self._checked(*self.channel.receive())
 
     def receive(self) -> msgspec.Struct:
         """The next message. Raises ConnectionLost, Hostile, the other side's ToolError."""

@@ -72,19 +72,18 @@ class Placer:
         }
 
     def serve(self, job: list[Step]) -> Iterator[Answer]:
-        """Carry the steps out, in their order."""
-        with self._pool.share():
-            if any(step[0] == NEW for step in job):
-                syscalls.syncfs(self._area.fd)
-            for kind, spot, *what in job:
-                try:
-                    self._make[kind](spot, *what)
-                except OSError as error:
-                    self._note(spot, error)
-                if self._windows_opened:  # the parent takes notice of leases with each answer
-                    yield self._answer(is_done=False)
-            for _ in self._flush_each():
+        """Carry the steps out, in their order. Our parent holds the pool."""
+        if any(step[0] == NEW for step in job):
+            syscalls.syncfs(self._area.fd)
+        for kind, spot, *what in job:
+            try:
+                self._make[kind](spot, *what)
+            except OSError as error:
+                self._note(spot, error)
+            if self._windows_opened:  # the parent takes notice of leases with each answer
                 yield self._answer(is_done=False)
+        for _ in self._flush_each():
+            yield self._answer(is_done=False)
         self._close_folder()
         yield self._answer(is_done=True)
 

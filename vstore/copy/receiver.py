@@ -11,9 +11,9 @@ import os
 import secrets
 import stat
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from contextlib import ExitStack
 from typing import Any, BinaryIO, Final
 
 import msgspec
@@ -21,7 +21,8 @@ from blake3 import blake3
 
 from vstore.copy import blocks, placer
 from vstore.copy.area import Area
-from vstore.copy.choice import Chooser, Wish, meta_of
+from vstore.copy.batches import OpenBatch, Tally
+from vstore.copy.choice import Chooser, meta_of
 from vstore.copy.incoming import Incoming
 from vstore.copy.listing import Listing
 from vstore.copy.manifest import Row, unpack_parts
@@ -52,57 +53,14 @@ log = logging.getLogger(__name__)
 
 _STEPS_A_JOB: Final = 1000
 _BYTES_A_JOB: Final = 48 << 20
-_NAMED_AT_MOST: Final = 1000
+_HELD_S: Final = 1.0
 _FOLDERS_A_JOB: Final = 500
 _MARGIN: Final = 16 << 20  # bytes that stay free
 _OTHER_CONTENT: Final = "what arrived is not what the manifest says: its digest is another one"
 
 
-@dataclass(slots=True)
-class Tally:
-    """What came of a run. `errors` are (path, reason)."""
-
-    rows: int = 0
-    files: int = 0
-    files_sent: int = 0
-    size: int = 0
-    lacking: int = 0
-    linked: int = 0
-    made: int = 0
-    errors: list[tuple[bytes, str]] = field(default_factory=list)
-    error_count: int = 0
-    left_out: list[tuple[bytes, str]] = field(default_factory=list)
-
-    def note_error(self, path: bytes, reason: str) -> None:
-        self.error_count += 1
-        if len(self.errors) < _NAMED_AT_MOST:
-            self.errors.append((path, reason))
-
-
-@dataclass(slots=True)
-class _Open:
-    """A batch that has not been served to its end; keys are places in it."""
-
-    message: Batch
-    rows: list[tuple[bytes, Row]]
-    shared: frozenset[int]
-    groups: frozenset[int]
-    wanted: set[int] = field(default_factory=set)
-    later: list[int] = field(default_factory=list)
-    proven: list[tuple[int, str]] = field(default_factory=list)  # place, the object's name
-    pins: list[str] = field(default_factory=list)
-    nonce: bytes = b""
-    are_proven: bool = False
-
-    @property
-    def first(self) -> int:
-        return self.message.first
-
-    def wish(self, place: int) -> Wish:
-        path, row = self.rows[place]
-        is_group = place in self.groups
-        spot = (self.first + place, path, row.name)
-        return Wish(spot, row, place in self.shared and not is_group, is_group)
+_Job = tuple[list[placer.Step], list[str]]
+"""What the worker has to do, and the pins that are needed until it is done."""
 
 
 class Receiver:
@@ -131,7 +89,7 @@ class Receiver:
         self._base_fd = base_fd
         self._room = room
         self._chooser = Chooser(dialogue, pool, area, base_fd, base)
-        self._open: dict[int, _Open] = {}
+        self._open: dict[int, OpenBatch] = {}
         self._digest = blake3()
         self._next_row = 0
         self._next_batch = 0
@@ -139,12 +97,17 @@ class Receiver:
         self._ready_bytes = 0
         self._incoming = None if area is None else Incoming(area, self._chooser)
         self._pins: Pins | None = None
+        self._given = 0  # jobs that the worker has not done
+        self._lock = ExitStack()
+        self._is_held = False
+        self._held_until = 0.0
         self._folders: BinaryIO = tempfile.TemporaryFile()  # noqa: SIM115
         self._folder_count = 0
         self.tally = Tally()
         self.end: End | None = None
 
     def close(self) -> None:
+        self._lock.close()
         self._chooser.close()
         self._folders.close()
         if self._incoming is not None:
@@ -166,9 +129,24 @@ class Receiver:
             raise Hostile("no end")
         return self.end
 
-    def _share(self) -> AbstractContextManager[None]:
+    # --- the pool's lock, which the worker works under too
+
+    def _hold(self) -> None:
         """Hold the pool, where there is one, together with others."""
-        return nullcontext() if self._pool is None else self._pool.share()
+        if not self._is_held and self._pool is not None:
+            self._lock.enter_context(self._pool.share())
+            self._held_until = time.monotonic() + _HELD_S
+            self._is_held = True
+
+    def _let_go(self) -> Iterator[None]:
+        """Let the pool go once the worker is done: a None for each time that it is not.
+
+        Nobody waits for the lock while the worker waits for us: its leases go through our hands.
+        """
+        while self._given:
+            yield None
+        self._lock.close()
+        self._is_held = False
 
     def _receive_into(self, area: Area, pool: Pool) -> None:
         with pool.stage(1) as (pin_fd,):
@@ -181,13 +159,14 @@ class Receiver:
                     )
                     crew = worker.__enter__()
                 try:
-                    for pins, answer in crew.map(self._jobs()):
+                    for pins, answer in crew.map(self._count_given(self._jobs())):
                         self._take_answer(pins, answer)
                 except BaseException as error:
                     worker.__exit__(type(error), error, error.__traceback__)
                     raise
                 worker.__exit__(None, None, None)
             finally:
+                self._lock.close()
                 self._pins.drop_all()
 
     def _take_answer(self, pins: list[str], answer: placer.Answer) -> None:
@@ -196,13 +175,19 @@ class Receiver:
         for path, reason in errors:
             self.tally.note_error(path, reason)
         self.tally.made -= len(errors)
+        self._given -= is_done
         if self._pins is not None and is_done:
             self._pins.drop(pins)
 
-    def _jobs(self) -> Iterator[tuple[list[placer.Step], list[str]]]:
-        """What the worker has to do, as it comes; the pins that each job needs until it is done."""
+    def _jobs(self) -> Iterator[_Job | None]:
+        """What the worker has to do, as it comes; None where it has to catch up first."""
         while self.end is None:
-            message = self._dialogue.receive()
+            message = self._dialogue.poll()
+            if message is None or time.monotonic() > self._held_until:
+                yield from self._let_go()
+            if message is None:
+                message = self._dialogue.receive()
+            self._hold()
             if isinstance(message, Batch):
                 yield from self._take_batch(message)
             elif isinstance(message, Served):
@@ -212,6 +197,12 @@ class Receiver:
             if len(self._ready) >= _STEPS_A_JOB or self._ready_bytes >= _BYTES_A_JOB:
                 yield self._take_ready(), []
         yield from self._finish_jobs()
+        yield from self._let_go()
+
+    def _count_given(self, jobs: Iterator[_Job | None]) -> Iterator[_Job | None]:
+        for job in jobs:
+            self._given += job is not None
+            yield job
 
     def _take_other(self, message: msgspec.Struct) -> None:
         if isinstance(message, Contents):
@@ -231,7 +222,7 @@ class Receiver:
         ready, self._ready, self._ready_bytes = self._ready, [], 0
         return ready
 
-    def _finish_jobs(self) -> Iterator[tuple[list[placer.Step], list[str]]]:
+    def _finish_jobs(self) -> Iterator[_Job]:
         if self._area is None:
             return
         yield self._take_ready(), []
@@ -254,7 +245,7 @@ class Receiver:
 
     # --- the manifest
 
-    def _take_batch(self, message: Batch) -> Iterator[tuple[list[placer.Step], list[str]]]:
+    def _take_batch(self, message: Batch) -> Iterator[_Job]:
         if message.number != self._next_batch or message.first != self._next_row:
             raise Hostile(f"batch {message.number} where {self._next_batch} is next")
         if len(self._open) > BATCHES_AHEAD + 1:
@@ -266,7 +257,7 @@ class Receiver:
             raise Hostile("a manifest that does not begin with the guest's root")
         self._digest.update(packed)
         message.parts = msgspec.Raw(b"")
-        batch = _Open(
+        batch = OpenBatch(
             message,
             rows,
             frozenset(list_bits(message.shared, len(rows))),
@@ -281,23 +272,22 @@ class Receiver:
         if self._area is not None:
             yield self._take_ready() + steps, [] if batch.proven else self._take_pins(batch)
 
-    def _take_pins(self, batch: _Open) -> list[str]:
+    def _take_pins(self, batch: OpenBatch) -> list[str]:
         pins, batch.pins = batch.pins, []
         return pins
 
-    def _decide_all(self, batch: _Open) -> list[placer.Step]:
+    def _decide_all(self, batch: OpenBatch) -> list[placer.Step]:
         """What can be made at once; the batch notes what is wanted, and what comes later."""
         steps = []
         pinned: list[int] = []
-        with self._share():
-            for place, (path, row) in enumerate(batch.rows):
-                step = self._decide(batch, place, path, row, pinned)
-                if step is not None:
-                    steps.append(step)
-            self._pin(batch, pinned)
+        for place, (path, row) in enumerate(batch.rows):
+            step = self._decide(batch, place, path, row, pinned)
+            if step is not None:
+                steps.append(step)
+        self._pin(batch, pinned)
         return steps
 
-    def _send_want(self, batch: _Open) -> None:
+    def _send_want(self, batch: OpenBatch) -> None:
         count = len(batch.rows)
         asked = sorted(batch.wanted) if self._area is not None else []
         proven = [place for place, _ in batch.proven]
@@ -306,7 +296,7 @@ class Receiver:
         self._dialogue.send(Want(batch.message.number, set_bits(asked, count), bits, batch.nonce))
 
     def _decide(
-        self, batch: _Open, place: int, path: bytes, row: Row, pinned: list[int]
+        self, batch: OpenBatch, place: int, path: bytes, row: Row, pinned: list[int]
     ) -> placer.Step | None:
         spot = (batch.first + place, path, row.name)
         meta = meta_of(row)
@@ -348,7 +338,7 @@ class Receiver:
     # --- where a file's content comes from
 
     def _decide_file(
-        self, batch: _Open, place: int, row: Row, pinned: list[int]
+        self, batch: OpenBatch, place: int, row: Row, pinned: list[int]
     ) -> placer.Step | None:
         wish = batch.wish(place)
         known = self._chooser.find_object(row, pinned)
@@ -379,7 +369,7 @@ class Receiver:
 
     # --- contents
 
-    def _row(self, number: int) -> tuple[_Open, int]:
+    def _row(self, number: int) -> tuple[OpenBatch, int]:
         """The batch and place of a row that was asked for and has not come. Raises Hostile."""
         for batch in self._open.values():
             place = number - batch.first
@@ -390,23 +380,21 @@ class Receiver:
         raise Hostile(f"row {number}, for which nobody asked")
 
     def _take_contents(self, message: Contents) -> None:
-        with self._share():
-            for number, content in message.files:
-                batch, place = self._row(number)
-                batch.wanted.discard(place)
-                self._note_arrival(
-                    batch, place, is_good=self._its_incoming.keep(batch.rows[place][1], content)
-                )
+        for number, content in message.files:
+            batch, place = self._row(number)
+            batch.wanted.discard(place)
+            self._note_arrival(
+                batch, place, is_good=self._its_incoming.keep(batch.rows[place][1], content)
+            )
 
     def _take_piece(self, message: Piece) -> None:
         batch, place = self._row(message.row)
         is_good = self._its_incoming.take(message, *batch.rows[place])
         if is_good is not None:
             batch.wanted.discard(place)
-            with self._share():
-                self._note_arrival(batch, place, is_good=is_good)
+            self._note_arrival(batch, place, is_good=is_good)
 
-    def _note_arrival(self, batch: _Open, place: int, *, is_good: bool) -> None:
+    def _note_arrival(self, batch: OpenBatch, place: int, *, is_good: bool) -> None:
         path, row = batch.rows[place]
         if not is_good:
             self._fail_row(path, row, _OTHER_CONTENT)
@@ -443,7 +431,7 @@ class Receiver:
         batch.are_proven = True
         batch.later += [place for place, _ in batch.proven]
 
-    def _close_batch(self, number: int) -> Iterator[tuple[list[placer.Step], list[str]]]:
+    def _close_batch(self, number: int) -> Iterator[_Job]:
         batch = self._open.get(number)
         if batch is None or number != min(self._open):
             raise Hostile(f"the end of batch {number}, which is not the next one")
@@ -454,15 +442,14 @@ class Receiver:
         if not is_dry:
             steps = self._take_ready()
             pinned: list[int] = []
-            with self._share():
-                for place in sorted(batch.later):
-                    step = self._decide_later(batch, place, pinned)
-                    steps += [step] if step is not None else []
-                self._pin(batch, pinned)
+            for place in sorted(batch.later):
+                step = self._decide_later(batch, place, pinned)
+                steps += [step] if step is not None else []
+            self._pin(batch, pinned)
             yield steps, self._take_pins(batch)
         self._progress.advance(sum(row.size for _, row in batch.rows))
 
-    def _decide_later(self, batch: _Open, place: int, pinned: list[int]) -> placer.Step | None:
+    def _decide_later(self, batch: OpenBatch, place: int, pinned: list[int]) -> placer.Step | None:
         path, row = batch.rows[place]
         spot = (batch.first + place, path, row.name)
         if row.link >= 0:
@@ -482,7 +469,7 @@ class Receiver:
             raise Hostile("contents while only a list was asked for")
         return self._incoming
 
-    def _pin(self, batch: _Open, numbers: list[int]) -> None:
+    def _pin(self, batch: OpenBatch, numbers: list[int]) -> None:
         if self._pins is not None and numbers:
             batch.pins += self._pins.set(numbers)
 

@@ -14,6 +14,7 @@ from typing import Final
 
 from vstore import exclude, inode, syscalls
 from vstore.copy.area import Area, open_area
+from vstore.copy.batches import Tally
 from vstore.copy.identity import check_free, choose_context, identity_of, wanted_identity
 from vstore.copy.listing import Listing
 from vstore.copy.messages import (
@@ -29,7 +30,7 @@ from vstore.copy.messages import (
     Target,
 )
 from vstore.copy.policy import Policy, load_policy
-from vstore.copy.receiver import Receiver, Tally
+from vstore.copy.receiver import Receiver
 from vstore.copy.settings import Drafted, check_settings, collect_settings, draft_settings
 from vstore.errors import GuestNotFound, NoSpace, PoolBusy, ToolError, WrongUsage
 from vstore.folders import Missed, walk_folders
@@ -89,7 +90,6 @@ def receive_guest(
         work.place = _find_place(name, request, stack)
         result = work.run(stack)
         dialogue.send(result)
-        dialogue.channel.flush()
         return source, result
 
 

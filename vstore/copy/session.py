@@ -206,7 +206,8 @@ def _carry_out(end: socket.socket, channel: paramiko.Channel) -> None:
             channel.sendall(data)
         channel.shutdown_write()
     except (OSError, EOFError, paramiko.SSHException):
-        channel.close()
+        with contextlib.suppress(OSError, EOFError, paramiko.SSHException):
+            channel.close()
 
 
 def _listen(channel: paramiko.Channel, said: bytearray) -> None:

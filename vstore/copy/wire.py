@@ -83,7 +83,8 @@ class Channel:
         self._outbox: deque[tuple[int, bytes]] = deque()
         self._outbox_bytes = 0
         self._is_idle = True  # nothing is being written
-        self._failure: ToolError | None = None
+        self._failure: ToolError | None = None  # nothing can be sent any more
+        self._last_word: ToolError | None = None  # nothing more is read
         self._is_closed = False
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._writer = threading.Thread(target=self._write, daemon=True)
@@ -108,7 +109,7 @@ class Channel:
         """The next frame; waits for it. Raises ConnectionLost."""
         with self._lock:
             while not self._inbox:
-                self._raise_failure()
+                self._raise_last_word()
                 self._lock.wait()
             return self._take()
 
@@ -117,7 +118,7 @@ class Channel:
         with self._lock:
             if self._inbox:
                 return self._take()
-            self._raise_failure()
+            self._raise_last_word()
             return None
 
     def flush(self) -> None:
@@ -158,9 +159,16 @@ class Channel:
         if self._failure is not None:
             raise self._failure
 
-    def _fail(self, failure: ToolError) -> None:
+    def _raise_last_word(self) -> None:
+        if self._last_word is not None:
+            raise self._last_word
+
+    def _fail(self, failure: ToolError, *, is_read: bool) -> None:
+        """Note the end of one way. Who cannot send may still be told why."""
         with self._lock:
             self._failure = self._failure or failure
+            if is_read:
+                self._last_word = self._last_word or failure
             self._lock.notify_all()
 
     # --- reading
@@ -175,15 +183,15 @@ class Channel:
                 if kind != _ALIVE:
                     self._put(kind, body)
         except ToolError as failure:
-            self._fail(failure)
+            self._fail(failure, is_read=True)
         except (OSError, zstandard.ZstdError) as error:
-            self._fail(ConnectionLost(f"{self.peer}: the connection broke: {error}"))
+            broken = ConnectionLost(f"{self.peer}: the connection broke: {error}")
+            self._fail(broken, is_read=True)
 
     def _put(self, kind: int, body: bytes) -> None:
         with self._lock:
-            while self._inbox_bytes > _READ_AHEAD and not self._failure:
+            while self._inbox_bytes > _READ_AHEAD and not self._is_closed:
                 self._lock.wait()
-            self._raise_failure()
             self._inbox.append((kind, body))
             self._inbox_bytes += len(body)
             self._lock.notify_all()
@@ -261,10 +269,11 @@ class Channel:
                 ConnectionLost(
                     f"{self.peer}: the connection was cut: {error.strerror}",
                     hint="what arrived is kept: run the command again",
-                )
+                ),
+                is_read=False,
             )
         except ToolError as failure:
-            self._fail(failure)
+            self._fail(failure, is_read=False)
 
     def _next_frame(self) -> tuple[int, bytes] | None:
         """The next frame to write, a sign of life after a pause; None at the end."""
