@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from vstore import exclude
@@ -11,6 +11,7 @@ from vstore.copy.listing import Listing, measure
 from vstore.copy.messages import Dialogue, Request, Result, Source, Target
 from vstore.copy.sender import Sender
 from vstore.copy.settings import collect_settings, is_old_style
+from vstore.errors import ToolError
 from vstore.guest import Guest, load_guest
 from vstore.hold import Held, hold_guests
 from vstore.pool import Pool
@@ -25,7 +26,10 @@ def send_guest(dialogue: Dialogue, request: Request, progress: Progress) -> tupl
     """
     guest = load_guest(request.source)
     pool_path = choose_pool([guest], None)
-    with hold_guests([guest], pool_path, offline=True) as (held,), _opened(pool_path) as pool:
+    with (
+        hold_guests([guest], pool_path, offline=True) as (held,),
+        _opened(pool_path, is_dry=request.dry_run) as pool,
+    ):
         source = _describe(guest, held)
         dialogue.send(source)
         target = dialogue.expect(Target)
@@ -51,13 +55,21 @@ def send_guest(dialogue: Dialogue, request: Request, progress: Progress) -> tupl
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Pool | None]:
-    """The pool, where there is one: what it knows need not be read."""
-    if not os.path.lexists(path / "format"):
-        yield None
-        return
-    with Pool.load(path) as pool:
+def _opened(path: Path, *, is_dry: bool) -> Iterator[Pool | None]:
+    """The pool: what it knows need not be read. Where there is none one is made, if that can be,
+    to keep the digests for the next time.
+    """
+    pool: Pool | None = None
+    if os.path.lexists(path / "format"):
+        pool = Pool.load(path)
+    elif not is_dry:
+        with suppress(ToolError):
+            pool = Pool.create(path)
+    try:
         yield pool
+    finally:
+        if pool is not None:
+            pool.close()
 
 
 def _describe(guest: Guest, held: Held) -> Source:

@@ -86,6 +86,7 @@ class Channel:
         self._failure: ToolError | None = None  # nothing can be sent any more
         self._last_word: ToolError | None = None  # nothing more is read
         self._is_closed = False
+        self._threads = 2
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._writer = threading.Thread(target=self._write, daemon=True)
         self._reader.start()
@@ -143,11 +144,15 @@ class Channel:
                 f"{self.peer}: the connection is closed"
             )
             self._lock.notify_all()
-        self._writer.join(0.5)
-        self._reader.join(0.5)
-        if not self._writer.is_alive() and not self._reader.is_alive():
-            for fd in set(self._fds):
-                os.close(fd)
+        self._writer.join(1)
+
+    def _leave(self) -> None:
+        """A thread ends; the last one closes the descriptors."""
+        with self._lock:
+            self._threads -= 1
+            if not self._threads:
+                for fd in set(self._fds):
+                    os.close(fd)
 
     def _take(self) -> tuple[int, bytes]:
         frame = self._inbox.popleft()
@@ -187,6 +192,8 @@ class Channel:
         except (OSError, zstandard.ZstdError) as error:
             broken = ConnectionLost(f"{self.peer}: the connection broke: {error}")
             self._fail(broken, is_read=True)
+        finally:
+            self._leave()
 
     def _put(self, kind: int, body: bytes) -> None:
         with self._lock:
@@ -274,6 +281,8 @@ class Channel:
             )
         except ToolError as failure:
             self._fail(failure, is_read=False)
+        finally:
+            self._leave()
 
     def _next_frame(self) -> tuple[int, bytes] | None:
         """The next frame to write, a sign of life after a pause; None at the end."""
