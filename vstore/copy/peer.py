@@ -7,8 +7,10 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from vstore import __version__
@@ -73,7 +75,8 @@ def set_up(channel: Channel, request: Request) -> None:
 
 def run_vserver(name: str, action: str) -> Done:
     """`vserver NAME start` or `stop`, with the program that is installed."""
-    program = shutil.which("vserver")
+    beside = Path(sys.executable).parent / "vserver"  # of the same installation
+    program = os.fspath(beside) if beside.exists() else shutil.which("vserver")
     if program is None:
         return Done(127, "vserver is not installed")
     done = subprocess.run(  # noqa: S603 - a fixed program, a checked name
