@@ -13,12 +13,12 @@ venv="python3-venv python3-dev gcc libc6-dev"
 guests="debootstrap debian-archive-keyring zstd e2fsprogs mount util-linux libseccomp2"
 filesystems="xfsprogs btrfs-progs acl attr libcap2-bin"
 contexts="busybox-static iproute2 openssh-client"
-copies="openssh-server rsync"
+copies="openssh-client openssh-server rsync"
 rivals="jdupes rdfind systemd-container bubblewrap runc"
 machine="qemu-system-x86"
 case $target in
     lint) packages=$venv ;;
-    demo) packages="$venv $guests" ;;
+    demo) packages="$venv $guests $copies" ;;
     test) packages="$venv $guests $filesystems $contexts $copies" ;;
     bench) packages="$venv $guests $filesystems $contexts $copies $rivals" ;;
     test-vm) packages="$venv $guests $filesystems $contexts $copies $machine" ;;
