@@ -15,7 +15,7 @@ from vstore import extents
 LARGE: Final = 4 << 20
 """Only larger files (bytes) travel as the blocks that differ."""
 DIGEST_BYTES: Final = 8
-_SMALLEST: Final = 8 << 10  # a page of most databases
+_SMALLEST: Final = 16 << 10  # a page of many databases
 _BLOCKS_AT_MOST: Final = 1 << 18
 _BUFFER: Final = 1 << 20
 
