@@ -5,7 +5,7 @@
     └── web.copy-3f9a12cd/       0700, under a flock while its program lives
         ├── tree/                what becomes the target
         └── arrived/
-            ├── <digest>         a content that has come and was held against its digest
+            ├── <digest>         a content that has come; who finds it later reads it first
             ├── part-<row>       one that is coming
             └── group-<row>      a name of an inode that more names are to follow of
 
@@ -70,14 +70,13 @@ class Area:
     def keep_content(self, content: bytes, digest: bytes) -> None:
         """As `keep_part`, of a content that is at hand. Raises OSError."""
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
-        fd = os.open("part-0", flags, 0o600, dir_fd=self.arrived_fd)
+        fd = os.open(digest.hex(), flags, 0o600, dir_fd=self.arrived_fd)
         try:
             done = 0
             while done < len(content):
                 done += os.write(fd, content[done:])
         finally:
             os.close(fd)
-        self.keep_part(0, digest)
 
     def has_arrived(self, digest: bytes) -> bool:
         """Whether the content is here, or was when an earlier copy ended."""

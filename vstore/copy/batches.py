@@ -8,6 +8,7 @@ from vstore.copy.manifest import Row
 from vstore.copy.messages import Batch
 
 _NAMED_AT_MOST: Final = 1000
+_SHOWN: Final = 4000  # bytes of a path
 
 
 @dataclass(slots=True)
@@ -20,6 +21,7 @@ class Tally:
     size: int = 0
     lacking: int = 0
     linked: int = 0
+    inodes: int = 0  # that are new
     made: int = 0
     errors: list[tuple[bytes, str]] = field(default_factory=list)
     error_count: int = 0
@@ -28,7 +30,7 @@ class Tally:
     def note_error(self, path: bytes, reason: str) -> None:
         self.error_count += 1
         if len(self.errors) < _NAMED_AT_MOST:
-            self.errors.append((path, reason))
+            self.errors.append((path[:_SHOWN], reason[:_SHOWN]))
 
 
 @dataclass(slots=True)

@@ -43,7 +43,8 @@ def identity_of(settings: Sequence[Setting]) -> Identity:
 
 
 def _texts(settings: Sequence[Setting]) -> dict[str, str]:
-    return {item.path: os.fsdecode(item.content) for item in settings if item.kind == "f"}
+    found = (item for item in settings if item.kind == "f")
+    return {item.path: item.content.decode(errors="replace") for item in found}
 
 
 def _list_ips(settings: Sequence[Setting]) -> list[str]:
@@ -138,7 +139,7 @@ def list_identities() -> Iterator[tuple[str, Identity]]:
             continue
         with suppress(OSError):
             if entry.suffix == ".conf" and entry.is_file():
-                text = os.fsdecode(entry.read_bytes())
+                text = entry.read_bytes().decode(errors="replace")
                 yield entry.stem, _identity_of_old_style(text)
             elif entry.is_dir():
                 yield entry.name, identity_of(list(_read_few(entry)))

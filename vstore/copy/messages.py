@@ -299,8 +299,8 @@ class Dialogue:
 
     def fail(self, error: ToolError) -> None:
         """Tell the other side why we end, as far as it still listens."""
-        kind = type(error).__name__
-        self.send(Failure(kind, error.message[:4000], (error.hint or "")[:4000]))
+        message, hint = as_text(error.message), as_text(error.hint or "")
+        self.send(Failure(type(error).__name__, message[:4000], hint[:4000]))
 
     def _checked(self, kind: int, body: bytes) -> msgspec.Struct:
         message = decode(kind, body)
@@ -327,6 +327,11 @@ def greet(dialogue: Dialogue, program: str, host: str) -> Hello:
             hint="install the same version on both machines",
         )
     return hello
+
+
+def as_text(text: str) -> str:
+    """The text as it can travel: bytes of names that are no UTF-8 become question marks."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def set_bits(numbers: list[int], count: int) -> bytes:

@@ -32,6 +32,9 @@ Answer = tuple[int, list[tuple[bytes, str]], bool]
 """How many links to objects were made, (path, why not) of what could not be made, and whether the
 job is done."""
 
+_New = tuple[int, Spot, str, str]
+"""What is to be an object: its descriptor, spot, name in `arrived`, path below `objects`."""
+
 DIR, SYMLINK, NODE, EMPTY, LINK, NEW, OWN, NAME, RELINK, FINISH = range(10)
 
 _OBJECTS_A_WINDOW: Final = 120
@@ -54,7 +57,7 @@ class Placer:
         self._proc_fd = os.open(_PROC_FDS, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self._folder: tuple[bytes, int] = (b"", -1)
         self._links: list[tuple[Spot, str]] = []
-        self._news: list[tuple[Spot, str, str]] = []  # spot, file in arrived, object's name
+        self._news: list[_New] = []
         self._errors: list[tuple[bytes, str]] = []
         self._linked = 0
         self._windows_opened = False
@@ -287,12 +290,8 @@ class Placer:
         spare = f"object-{spot[0]}"
         folder_fd = self._area.arrived_fd
         if origin[0] == "arrived" and self._is_spare(origin[1]):
-            os.rename(origin[1], spare, src_dir_fd=folder_fd, dst_dir_fd=folder_fd)
-            fd = os.open(spare, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder_fd)
-            try:
-                _dress(fd, meta)
-            finally:
-                os.close(fd)
+            spare = origin[1]
+            fd = os.open(spare, inode.OPEN_TO_READ, dir_fd=folder_fd)
         else:
             source_fd = self._open_origin(origin)
             try:
@@ -300,11 +299,13 @@ class Placer:
             finally:
                 os.close(source_fd)
             fd = os.open(spare, inode.OPEN_TO_READ, dir_fd=folder_fd)
-            try:
-                os.fdatasync(fd)
-            finally:
-                os.close(fd)
-        self._news.append((spot, spare, name))
+            os.fdatasync(fd)
+        try:
+            _dress(fd, meta)
+        except OSError:
+            os.close(fd)
+            raise
+        self._news.append((fd, spot, spare, f"{name[:2]}/{name}"))
         if len(self._news) >= _OBJECTS_A_WINDOW:
             self._flush()
 
@@ -331,21 +332,14 @@ class Placer:
             yield
         self._windows_opened = True
 
-    def _enter_pool(self, news: Sequence[tuple[Spot, str, str]]) -> list[tuple[Spot, str]]:
+    def _enter_pool(self, news: Sequence[_New]) -> list[tuple[Spot, str]]:
         """Give the files their names in the pool, a first link, and the immutable flag.
 
         Returns those whose name another program was quicker to take: links are made to that.
         """
-        opened = []
-        for spot, spare, name in news:
-            try:
-                fd = os.open(spare, inode.OPEN_TO_READ, dir_fd=self._area.arrived_fd)
-                opened.append((fd, spot, spare, f"{name[:2]}/{name}"))
-            except OSError as error:
-                self._note(spot, error)
         taken = []
-        with self._windows.guard([fd for fd, *_ in opened]) as refused:
-            for fd, spot, spare, path in opened:
+        with self._windows.guard([fd for fd, *_ in news]) as refused:
+            for fd, spot, spare, path in news:
                 try:
                     if fd in refused:
                         raise OSError(errno.EBUSY, "somebody has it open for writing")

@@ -284,6 +284,7 @@ class Receiver:
             step = self._decide(batch, place, path, row, pinned)
             if step is not None:
                 steps.append(step)
+            self.tally.inodes += row.link < 0 and (step is None or step[0] != placer.LINK)
         self._pin(batch, pinned)
         return steps
 
@@ -325,7 +326,7 @@ class Receiver:
             self.tally.made -= 1
             number = f"{os.major(row.rdev)}:{os.minor(row.rdev)}"
             reason = f"left out: a device node {number}; the policy can allow it: `devices`"
-            self.tally.left_out.append((join(spot[1], spot[2]), reason))
+            self.tally.left_out.append((join(spot[1], spot[2])[:4000], reason))
             return None
         return (placer.NODE, spot, row.rdev, meta, is_group)
 

@@ -28,6 +28,7 @@ from vstore.copy.messages import (
     Source,
     Sum,
     Target,
+    as_text,
 )
 from vstore.copy.policy import Policy, load_policy
 from vstore.copy.receiver import Receiver
@@ -163,6 +164,8 @@ class _Pass:
         self._wanted = Identity()
         self._devices: list[str] = []
         self._settings: list[Setting] = []
+        self._inodes = 0
+        self._tally = Tally()
         self.place: _Place
 
     def run(self, stack: ExitStack) -> Result:
@@ -170,8 +173,9 @@ class _Pass:
         pool = self._open_pool(stack)
         room = self._check_room()
         base = self._list_base(pool, stack)
-        is_tight = room < self._source.bytes + _MARGIN and not self._request.dry_run
-        self._dialogue.send(Target(self._wanted, os.fspath(self.place.path), is_tight))
+        is_tight = room < self._source.bytes + _MARGIN or self._inodes < self._source.rows + _INODES
+        is_tight &= not self._request.dry_run
+        self._dialogue.send(Target(self._wanted, as_text(os.fspath(self.place.path)), is_tight))
         if is_tight:
             result = self._find_out(pool, base, room)
             if result.same:
@@ -195,6 +199,10 @@ class _Pass:
             )
         if place.guest is not None:
             self._wanted = identity_of(collect_settings(place.guest))
+            if request.hostname or request.addresses or request.context:
+                self._warnings.append(
+                    f"guest {place.name} has a configuration here already, which stays as it is"
+                )
             return
         self._settings, left = check_settings(source.settings, self._policy)
         self._warnings += [f"configuration: left out: {line}" for line in left]
@@ -228,6 +236,7 @@ class _Pass:
     def _check_room(self) -> int:
         """Free bytes. Raises NoSpace where not even the inodes suffice."""
         room = os.statvfs(self.place.parent)
+        self._inodes = room.f_favail if room.f_files else 1 << 62
         if room.f_files and room.f_favail < _INODES:
             raise NoSpace(
                 f"{self.place.parent}: only {room.f_favail} inodes are free",
@@ -270,7 +279,7 @@ class _Pass:
             bytes_total=self._tally.size,
             bytes_already_there=self._tally.size,
             same=True,
-            path=os.fspath(self.place.path),
+            path=as_text(os.fspath(self.place.path)),
             context=self._wanted.context,
         )
 
@@ -292,6 +301,12 @@ class _Pass:
             end = receiver.receive()
         finally:
             receiver.close()
+        if not self._request.dry_run and receiver.tally.inodes + _INODES > self._inodes:
+            raise NoSpace(
+                f"{self.place.parent}: {receiver.tally.inodes} inodes are needed, {self._inodes} "
+                "are free",
+                hint="free some, e.g. with: vpool reclaim",
+            )
         return self._result(receiver.tally, end)
 
     # --- the copy
@@ -406,7 +421,7 @@ class _Pass:
             bytes_already_there=tally.size - tally.lacking,
             bytes_lacking=tally.lacking,
             linked=tally.linked,
-            path=os.fspath(self.place.path),
+            path=as_text(os.fspath(self.place.path)),
             context=self._wanted.context,
             warnings=self._warnings[:_WARNINGS],
             torn=[*end.torn, *tally.left_out][:1000],

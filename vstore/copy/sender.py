@@ -56,6 +56,7 @@ _TRIES: Final = 3
 _PAUSE_S: Final = 0.2
 _TORN_AT_MOST: Final = 200
 _NAMED_AT_MOST: Final = 1000
+_SHOWN: Final = 4000  # bytes of a path
 _CHANGED: Final = "changed while it was read"
 
 
@@ -332,7 +333,7 @@ class Sender:
                 )
             finally:
                 os.close(source_fd)
-            self._torn.append((path, _CHANGED))
+            self._torn.append((path[:_SHOWN], _CHANGED))
             self._announce(self._listing.add_row(folder, row))
             self._serve_what_is_asked(0)
 
@@ -344,7 +345,7 @@ class Sender:
                 found.rows,
                 self._listing.digest.digest(),
                 self._torn,
-                found.errors[:_NAMED_AT_MOST],
+                [(path[:_SHOWN], reason) for path, reason in found.errors[:_NAMED_AT_MOST]],
                 len(found.errors),
             )
         )

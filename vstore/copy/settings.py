@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from vstore.copy.identity import change_old_style, change_settings
-from vstore.copy.messages import Hostile, Identity, Setting
+from vstore.copy.messages import Hostile, Identity, Setting, as_text
 from vstore.copy.policy import Policy
 from vstore.errors import ConfigInvalid, ToolError
 from vstore.guest import Guest, confdir
@@ -71,6 +71,8 @@ def _collect_below(folder: Path) -> Iterator[Setting]:
 
 
 def _read(name: str, path: Path) -> Setting:
+    if as_text(name) != name:
+        raise ConfigInvalid(f"{path}: its name is no UTF-8, which no setting's is")
     status = path.stat()
     if status.st_size > _LARGEST:
         raise ConfigInvalid(f"{path}: has {status.st_size} bytes, too many for a setting")

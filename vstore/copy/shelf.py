@@ -34,6 +34,7 @@ class Shelf:
                 self._database.execute(statement)
         if pool is not None:
             self._load(pool)
+        self._is_empty = not self._database.execute("SELECT 1 FROM objects").fetchone()
         column = "digest" if by_digest else "ino"
         self._database.execute(f"CREATE INDEX found ON objects ({column})")
 
@@ -59,6 +60,8 @@ class Shelf:
 
     def find_inode(self, ino: int) -> Identity | None:
         """What the object with this inode number is; None where none has it."""
+        if self._is_empty:
+            return None
         found = self._database.execute(
             "SELECT name FROM objects WHERE ino = ?", (signed(ino),)
         ).fetchone()
