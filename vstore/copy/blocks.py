@@ -46,6 +46,39 @@ def digest_blocks(fd: int, size: int, block: int) -> bytes:
     return bytes(found)
 
 
+def digest_both(fd: int, size: int, block: int) -> tuple[bytes, bytes]:
+    """BLAKE3 of the file behind `fd`, and the digests of its blocks, in one reading of it all."""
+    whole = blake3()
+    found = bytearray()
+    for at in range(0, size, _step(block)):
+        view = memoryview(_pread(fd, min(_step(block), size - at), at))
+        whole.update(view)
+        for place in range(0, len(view), block):
+            found += digest_of(view[place : place + block])
+    return whole.digest(), bytes(found)
+
+
+def differing_known(
+    fd: int, size: int, block: int, own: bytes, base: bytes, base_size: int
+) -> Iterator[tuple[int, bytes]]:
+    """As `differing`, of a file whose blocks' digests are `own`."""
+    same = base_size // block
+    first = -1
+    for number in range(count_blocks(size, block) + 1):
+        place = number * DIGEST_BYTES
+        is_equal = number >= count_blocks(size, block) or (
+            number < same
+            and own[place : place + DIGEST_BYTES] == base[place : place + DIGEST_BYTES]
+        )
+        is_full = first >= 0 and (number - first) * block >= _BUFFER
+        if first >= 0 and (is_equal or is_full):
+            end = min(size, number * block)
+            yield first * block, _pread(fd, end - first * block, first * block)
+            first = -1
+        if not is_equal and first < 0:
+            first = number
+
+
 def blank(block: int) -> bytes:
     """The digest of a block of zeros."""
     return digest_of(bytes(block))

@@ -166,7 +166,8 @@ class Chooser:
                 if not stat.S_ISREG(status.st_mode) or status.st_size <= blocks.LARGE:
                     return
                 block = blocks.choose_block(status.st_size)
-                digests = blocks.digest_blocks(fd, status.st_size, block)
+                digests = self._base.known_blocks(fd) if self._base is not None else b""
+                digests = digests or blocks.digest_blocks(fd, status.st_size, block)
             finally:
                 os.close(fd)
             for start in range(0, len(digests), _BASE_STEP):

@@ -19,6 +19,7 @@ from typing import Final
 from blake3 import blake3
 
 from vstore import index, inode, lease
+from vstore.copy import blocks
 from vstore.copy.manifest import Part, Row, can_be_object, pack_parts
 from vstore.copy.messages import ROWS_A_BATCH
 from vstore.copy.shelf import Shelf
@@ -31,6 +32,7 @@ from vstore.scan import open_below
 _MIN_SIZE: Final = 16  # bytes, as vunify
 _BODY_LIMIT: Final = 3 << 20  # bytes of a batch
 _DIGESTS_AT_ONCE: Final = 1000
+_BLOCKS_KEPT: Final = 8  # files, of 2 MiB at most each
 _UNREADABLE: Final = "cannot be read"
 _VANISHED: Final = frozenset((errno.ENOENT, errno.ENOTDIR, errno.ELOOP))
 _NO_XATTRS: Final = frozenset((errno.EOPNOTSUPP, errno.ENOTSUP))
@@ -90,6 +92,7 @@ class Listing:
         *,
         rewritten: Mapping[bytes, bytes],
         is_still: bool,
+        keeps_blocks: bool = False,
     ) -> None:
         self.found = Found()
         self.digest = blake3()
@@ -97,6 +100,8 @@ class Listing:
         self._root_fd = root_fd
         self._rewritten = rewritten
         self._is_still = is_still  # nothing writes to the tree: digests may be kept
+        self._keeps_blocks = keeps_blocks
+        self.blocks: dict[Key, bytes] = {}  # digests of the blocks of some large files
         self._rules = excludes
         device = os.fstat(root_fd).st_dev
         self._pool_ino = os.fstat(pool.fd).st_ino if pool else 0
@@ -296,11 +301,11 @@ class Listing:
         if known:
             return known
         if not self._is_still:
-            return digest_content(fd, status)
+            return self._read(fd, status)
         is_settled = status.st_ctime_ns + index.SETTLED_NS < time.time_ns()
         is_leased = is_settled and _take_lease(fd)
         try:
-            digest = digest_content(fd, status)
+            digest = self._read(fd, status)
             if is_leased and lease.is_unbroken(fd) and _key_of(os.fstat(fd)) == key:
                 self._keep(key, digest, fd)
         finally:
@@ -308,6 +313,21 @@ class Listing:
                 with suppress(OSError):
                     lease.release(fd)
         return digest
+
+    def _read(self, fd: int, status: os.stat_result) -> bytes:
+        """The digest of the content; of a large file those of its blocks are kept on the way."""
+        is_dense = status.st_blocks * 512 >= status.st_size > blocks.LARGE
+        if not self._keeps_blocks or not is_dense or len(self.blocks) >= _BLOCKS_KEPT:
+            return digest_content(fd, status)
+        block = blocks.choose_block(status.st_size)
+        digest, self.blocks[_key_of(status)] = blocks.digest_both(fd, status.st_size, block)
+        return digest
+
+    def known_blocks(self, fd: int) -> bytes:
+        """The digests of the blocks of the file behind `fd`, of the size that is chosen for it;
+        b"" where they were not kept.
+        """
+        return self.blocks.get(_key_of(os.fstat(fd)), b"")
 
     def _known_digest(self, key: Key) -> bytes:
         found = self._database.execute(

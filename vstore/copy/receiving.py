@@ -251,7 +251,12 @@ class _Pass:
             return None
         trusted = None if self._request.verify else pool
         base = Listing(
-            self.place.base_fd, trusted, exclude.parse(b"", source=""), rewritten={}, is_still=True
+            self.place.base_fd,
+            trusted,
+            exclude.parse(b"", source=""),
+            rewritten={},
+            is_still=True,
+            keeps_blocks=True,
         )
         stack.callback(base.close)
         return base

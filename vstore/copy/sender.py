@@ -251,7 +251,12 @@ class Sender:
         if len(digests) != blocks.count_blocks(base.size, base.block) * blocks.DIGEST_BYTES:
             raise Hostile("digests of blocks that are not all there")
         self._send_small()
-        for at, data in blocks.differing(fd, row.size, base.block, digests, base.size):
+        own = self._listing.known_blocks(fd)
+        if own and base.block == blocks.choose_block(row.size):
+            found = blocks.differing_known(fd, row.size, base.block, own, digests, base.size)
+        else:
+            found = blocks.differing(fd, row.size, base.block, digests, base.size)
+        for at, data in found:
             for start in range(0, len(data), _PACKED):
                 self._dialogue.send(Piece(number, at + start, data[start : start + _PACKED]))
 

@@ -43,6 +43,7 @@ def send_guest(dialogue: Dialogue, request: Request, progress: Progress) -> tupl
                 exclude.load_for(guest),
                 rewritten=rewritten,
                 is_still=not held.is_running,
+                keeps_blocks=request.refresh,
             )
             try:
                 sender = Sender(dialogue, held.fd, listing, rewritten, progress)
