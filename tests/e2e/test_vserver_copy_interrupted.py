@@ -162,7 +162,7 @@ def test_a_side_that_is_stopped_ends_the_other_in_time(machines: Machines, tool:
         began = time.monotonic()
         done = subprocess.run(command, capture_output=True, check=False, text=True, timeout=150)
         assert done.returncode == 1
-        assert "nothing came for 60 seconds" in done.stderr
+        assert "run the command again" in done.stderr
         assert time.monotonic() - began < 120
     assert not machines.there.root("web").exists()
 
