@@ -307,6 +307,7 @@ class Receiver:
             self._keep_folder(path, meta)
             return (placer.DIR, spot)
         if row.link >= 0:
+            self.tally.files += stat.S_ISREG(row.mode)
             batch.later.append(place)
             return None
         if stat.S_ISLNK(row.mode):
