@@ -4,6 +4,7 @@
     python -m bench scale --kind mix      seeded trees: 100,000 and 1,000,000 files
     python -m bench start --repeat 20     a guest beside systemd-nspawn, runc, ...; 50 at once
     python -m bench cow                   a guest that shares its files, beside one that does not
+    python -m bench copy                  a guest to another machine, beside rsync and tar
 
 Reports go to bench/reports/ as Markdown and JSON. A text NAME.notes.md beside them becomes part
 of the Markdown.
@@ -24,7 +25,7 @@ from typing import Final, NoReturn
 
 import vrun
 import vstore
-from bench import cases, cow, machine, report, startreport, starts
+from bench import cases, copies, copyreport, cow, machine, report, startreport, starts
 from bench.cases import Options, Results
 from bench.figures import Target, scale_targets, unify_targets
 from bench.images import FILE_SYSTEMS, BenchError, enter_mount_namespace
@@ -39,6 +40,7 @@ _REPORTS: Final = Path(__file__).parent / "reports"
 _CASES: Final = {"unify": cases.unify, "scale": cases.scale}
 _START: Final = "start"
 _COW: Final = "cow"
+_COPY: Final = "copy"
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -54,6 +56,8 @@ def main(arguments: Sequence[str]) -> int:
             _run_starts(options)
         elif options.case == _COW:
             _run_cow(options)
+        elif options.case == _COPY:
+            _run_copies(options)
         else:
             _run(options)
     except BenchError as error:
@@ -74,7 +78,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         "python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("case", choices=sorted([*_CASES, _START, _COW]))
+    add("case", choices=sorted([*_CASES, _START, _COW, _COPY]))
     add("--size", choices=("small", "full"), default="full")
     add("--repeat", type=int, default=3, metavar="N", help="rounds in turn (default 3)")
     add("--fs", choices=FILE_SYSTEMS, default="xfs", help="file system of the trees (default xfs)")
@@ -108,7 +112,8 @@ def _check(options: argparse.Namespace) -> None:
         raise BenchError("it mounts file systems and links as root does: run it as root")
     needed = ["unshare", "mount"]
     needed += ["busybox"] if options.case == _START else [f"mkfs.{options.fs}"]
-    needed += ["debootstrap", "tar"] if options.case == "unify" else []
+    needed += ["debootstrap", "tar"] if options.case in ("unify", _COPY) else []
+    needed += ["ip", "tc", "rsync", "zstd", "ssh"] if options.case == _COPY else []
     missing = [name for name in needed if shutil.which(name) is None]
     if missing:
         raise BenchError(f"not installed: {', '.join(missing)}")
@@ -183,6 +188,25 @@ def _run_cow(options: argparse.Namespace) -> None:
         notes=_notes(options.out / f"{name}.notes.md"),
     )
     cow.write(made, options.out, name)
+    sys.stdout.write(report.show_targets(made.targets))
+
+
+def _run_copies(options: argparse.Namespace) -> None:
+    load = os.getloadavg()[0]
+    compileall.compile_dir(Path(vstore.__file__).parent, quiet=1)
+    work = options.work or scratch()
+    results = copies.measure(size=options.size, rounds=options.repeat, work=work)
+    name = _COPY if options.size == "full" else f"{_COPY}-{options.size}"
+    made = copyreport.CopyReport(
+        day=datetime.now(UTC).date().isoformat(),
+        size=options.size,
+        rounds=options.repeat,
+        machine=machine.look(file_system="xfs", load_before=load),
+        results=results,
+        targets=copies.targets(results),
+        notes=_notes(options.out / f"{name}.notes.md"),
+    )
+    copyreport.write(made, options.out, name)
     sys.stdout.write(report.show_targets(made.targets))
 
 

@@ -36,6 +36,7 @@ from tests.fixtures.guests import (
     personalise,
     unpack,
 )
+from tests.fixtures.sshd import find_sshd, run_sshd
 
 _NAMES: Final = tuple(f"{role}{number}" for role in ("web", "db") for number in range(1, 6))
 _IMAGE_SIZE: Final = 12 << 30
@@ -126,12 +127,37 @@ def _demonstrate(folder: Path) -> None:
     _break_one(site)
     _boot_one(site)
     _run("vpool", "verify")
+    _copy_two(site, folder)
+
+
+def _copy_two(site: Site, folder: Path) -> None:
+    """Two guests go to another machine: the second one finds most of itself there."""
+    mount = site.filesystem.mount
+    (mount / "other").mkdir()
+    there = make_site(Filesystem("ext4", mount, mount / "other"))
+    places = {"CONFDIR": there.confdir, "VDIRBASE": there.vdirbase, "RUNDIR": there.rundir}
+    shown = " ".join(f"VSERVER_{name}={path}" for name, path in places.items())
+    _say("\nAnother machine, behind an sshd of its own on the loopback, with nothing on it yet:")
+    with run_sshd(folder / "sshd", f"SetEnv {shown}") as server:
+        config = folder / "ssh_config"
+        config.write_text(
+            f"Host other\n  HostName 127.0.0.1\n  Port {server.port}\n  User root\n"
+            f"  IdentityFile {server.key}\n  UserKnownHostsFile {server.known_hosts()}\n"
+        )
+        program = os.fspath(Path(sys.executable).parent / "vserver-copy")
+        for name in _NAMES[:2]:
+            _run("vserver-copy", "-F", f"{config}", "--remote-command", program, name, "other:")
+    for name in _NAMES[:2]:
+        here, copy = (place.root(name) / "etc/hostname" for place in (site, there))
+        if here.read_bytes() != copy.read_bytes():
+            raise DemoFailed(f"{copy} is not {here}")
+    _say(f"{_NAMES[1]} cost its own files and a manifest: the rest was there.")
 
 
 def _check_needs() -> None:
     if os.geteuid() != 0:
         raise DemoFailed("needs root: it mounts an image and builds guests")
-    if reason := cannot_build([WEB, DB]):
+    if reason := find_sshd() or cannot_build([WEB, DB]):
         raise DemoFailed(reason)
     free = shutil.disk_usage(scratch()).free
     if free < _DISK_NEEDED:

@@ -12,17 +12,18 @@ target=${1:?"usage: bench/setup.sh demo|test|lint|bench|test-vm|all"}
 venv="python3-venv python3-dev gcc libc6-dev"
 guests="debootstrap debian-archive-keyring zstd e2fsprogs mount util-linux libseccomp2"
 filesystems="xfsprogs btrfs-progs acl attr libcap2-bin"
-contexts="busybox-static iproute2 openssh-client"
+contexts="busybox-static iproute2"
 witnesses="groff-base procps strace"
+copies="openssh-client openssh-server rsync"
 rivals="jdupes rdfind systemd-container bubblewrap runc lxc"
 machine="qemu-system-x86"
 case $target in
     lint) packages=$venv ;;
-    demo) packages="$venv $guests iproute2" ;;
-    test) packages="$venv $guests $filesystems $contexts $witnesses" ;;
-    bench) packages="$venv $guests $filesystems $contexts $rivals" ;;
-    test-vm) packages="$venv $guests $filesystems $contexts $machine" ;;
-    all) packages="$venv $guests $filesystems $contexts $witnesses $rivals $machine" ;;
+    demo) packages="$venv $guests $copies iproute2" ;;
+    test) packages="$venv $guests $filesystems $contexts $copies $witnesses" ;;
+    bench) packages="$venv $guests $filesystems $contexts $copies $rivals" ;;
+    test-vm) packages="$venv $guests $filesystems $contexts $copies $machine" ;;
+    all) packages="$venv $guests $filesystems $contexts $copies $witnesses $rivals $machine" ;;
     *) echo "setup: no such target: $target" >&2; exit 2 ;;
 esac
 
@@ -50,8 +51,21 @@ missing_packages() {
 }
 
 apt_install() {
+    no_services
     DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends \
-        -o DPkg::Lock::Timeout=300 "$@" >"$log" 2>&1
+        -o DPkg::Lock::Timeout=300 "$@" >"$log" 2>&1 || return
+    case " $* " in  # the tests run an sshd of their own: the machine's is only there for its files
+        *" openssh-server "*)
+            deb-systemd-helper disable ssh.service >/dev/null 2>&1 || true
+            update-rc.d ssh disable >/dev/null 2>&1 || true ;;
+    esac
+}
+
+no_services() {  # what is installed is not started; see invoke-rc.d(8)
+    [ ! -e /usr/sbin/policy-rc.d ] || return 0
+    printf '#!/bin/sh\nexit 101\n' >/usr/sbin/policy-rc.d
+    chmod 755 /usr/sbin/policy-rc.d
+    trap 'rm -f "$log" /usr/sbin/policy-rc.d' EXIT
 }
 
 install_packages() {

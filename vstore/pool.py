@@ -284,8 +284,9 @@ class Pool:
                 fcntl.flock(turn, fcntl.LOCK_UN)
             yield
         finally:
-            os.close(lock)
-            os.close(turn)
+            for fd in (lock, turn):
+                fcntl.flock(fd, fcntl.LOCK_UN)  # a forked child may have a copy of the descriptor
+                os.close(fd)
 
     def _flock(self, fd: int, kind: int, deadline: float) -> None:
         while True:

@@ -119,7 +119,7 @@ def _console_scripts() -> dict[str, str]:
 def test_each_command_has_a_module_of_its_name(command: str) -> None:
     module, _, function = _console_scripts()[command].partition(":")
     package = "vrun" if command in _OF_VRUN else "vstore"
-    assert module == f"{package}.commands.{command}"
+    assert module == f"{package}.commands.{command.replace('-', '_')}"
     assert callable(getattr(importlib.import_module(module), function))
 
 

@@ -1,0 +1,194 @@
+"""vserver-copy between two machines over a real sshd: what it copies, what it says, its codes."""
+
+import json
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Tool
+from tests.fixtures.filesystems import Site, is_immutable
+from tests.fixtures.probes import need, on
+from tests.fixtures.runs import find_faults, unify
+from tests.fixtures.sshd import Machines, two_machines
+from tests.fixtures.trees import COPY_MAY_DIFFER, File, Row, differences, snapshot
+
+pytestmark = [need("root", "immutable", "lease", "sshd"), on("ext4")]
+
+_KEYS = {
+    "format",
+    "target",
+    "path",
+    "context",
+    "dry_run",
+    "same",
+    "files",
+    "files_sent",
+    "bytes_total",
+    "bytes_already_there",
+    "bytes_lacking",
+    "bytes_sent",
+    "bytes_received",
+    "linked",
+    "changed",
+    "errors",
+    "seconds",
+    "downtime_seconds",
+}
+
+
+def rows(seed: int = 0) -> list[Row]:
+    shared: list[Row] = [
+        File(f"usr/lib/{number}", b"shared %d " % number * 200) for number in range(40)
+    ]
+    own: list[Row] = [File(f"srv/{seed}-{n}", os.urandom(3000)) for n in range(5)]
+    return [*shared, *own, File("etc/hostname", b"web\n"), File("var/log/syslog", b"line\n" * 99)]
+
+
+@pytest.fixture
+def machines(site: Site) -> Iterator[Machines]:
+    with two_machines(site) as found:
+        found.here.add_guest("web", rows())
+        yield found
+
+
+def copy(
+    tool: Tool, machines: Machines, *arguments: str | Path, code: int = 0
+) -> subprocess.CompletedProcess[str]:
+    done = tool("vserver-copy", *machines.options(), *arguments)
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def equal(machines: Machines, source: str, target: str) -> list[str]:
+    return differences(
+        snapshot(machines.here.root(source)),
+        snapshot(machines.there.root(target)),
+        ignoring=COPY_MAY_DIFFER,
+    )
+
+
+def test_a_guest_is_pushed_and_pulled_and_arrives_unified(machines: Machines, tool: Tool) -> None:
+    report = json.loads(copy(tool, machines, "--json", "web", "root@127.0.0.1:").stdout)
+    assert set(report) == _KEYS
+    assert report["files"] == 47
+    assert report["bytes_already_there"] + report["bytes_lacking"] == report["bytes_total"]
+    assert equal(machines, "web", "web") == []
+    assert is_immutable(machines.there.root("web") / "usr/lib/1")
+    assert not is_immutable(machines.there.root("web") / "var/log/syslog")
+    assert find_faults(machines.there.pool) == []
+    assert (machines.there.confdir / "web/vdir").readlink() == machines.there.root("web")
+    copy(tool, machines, "root@127.0.0.1:web", "back")
+    assert equal(machines, "back", "web") == []
+    assert find_faults(machines.here.pool) == []
+
+
+def test_a_sibling_costs_its_own_files_alone(machines: Machines, tool: Tool) -> None:
+    copy(tool, machines, "-q", "web", "127.0.0.1:web")
+    machines.here.add_guest("db", rows(1))
+    report = json.loads(copy(tool, machines, "--json", "db", "127.0.0.1:db").stdout)
+    assert report["files_sent"] == 5 + 2  # of the others two are private: host name and log
+    assert report["bytes_lacking"] == 15_000 + 4 + 495
+    assert equal(machines, "db", "db") == []
+    numbers = [(machines.there.root(name) / "usr/lib/7").stat().st_ino for name in ("web", "db")]
+    assert numbers[0] == numbers[1]
+
+
+def test_an_unchanged_copy_is_found_out_at_once(machines: Machines, tool: Tool) -> None:
+    copy(tool, machines, "-q", "web", "127.0.0.1:web")
+    before = machines.there.root("web").stat().st_ino
+    done = copy(tool, machines, "--refresh", "web", "127.0.0.1:web")
+    assert "nothing to do" in done.stdout
+    report = json.loads(copy(tool, machines, "--refresh", "--json", "web", "127.0.0.1:").stdout)
+    assert report["same"] is True
+    assert report["bytes_sent"] < 3000
+    assert machines.there.root("web").stat().st_ino == before
+
+
+def test_a_refresh_brings_what_changed_and_takes_what_went(machines: Machines, tool: Tool) -> None:
+    unify(tool)
+    copy(tool, machines, "-q", "web", "127.0.0.1:web")
+    root = machines.here.root("web")
+    (root / "srv/0-1").write_bytes(b"new content " * 99)
+    (root / "srv/0-2").unlink()
+    (root / "srv/fresh").write_bytes(b"fresh " * 99)
+    (root / "var/log").chmod(0o700)
+    assert equal(machines, "web", "web") != []
+    report = json.loads(copy(tool, machines, "--refresh", "--json", "web", "127.0.0.1:").stdout)
+    assert report["files_sent"] == 2
+    assert equal(machines, "web", "web") == []
+    assert find_faults(machines.there.pool) == []
+    assert [path.name for path in machines.there.vdirbase.iterdir() if ".copy-" in path.name] == []
+
+
+def test_a_dry_run_changes_nothing_and_says_what_would_be_sent(
+    machines: Machines, tool: Tool
+) -> None:
+    report = json.loads(copy(tool, machines, "-n", "--json", "web", "127.0.0.1:").stdout)
+    assert report["dry_run"] is True
+    assert report["files_sent"] == 47
+    assert list(machines.there.vdirbase.iterdir()) == []
+    assert list(machines.there.confdir.iterdir()) == []
+    told = report["bytes_lacking"]
+    report = json.loads(copy(tool, machines, "--json", "web", "127.0.0.1:").stdout)
+    assert report["bytes_lacking"] == told
+
+
+@pytest.mark.parametrize("options", [["--verify"], ["--compress", "none"], ["--compress", "9"]])
+def test_options_that_change_the_way_not_the_copy(
+    machines: Machines, tool: Tool, options: list[str]
+) -> None:
+    copy(tool, machines, "-q", *options, "web", "127.0.0.1:")
+    assert equal(machines, "web", "web") == []
+
+
+def test_it_says_what_it_did(machines: Machines, tool: Tool) -> None:
+    done = copy(tool, machines, "web", "127.0.0.1:new")
+    lines = dict(line.rsplit(maxsplit=1) for line in done.stdout.splitlines()[1:])
+    assert done.stdout.startswith("copy 127.0.0.1:new\n")
+    assert lines["files"] == "47"
+    assert done.stderr == ""
+    assert copy(tool, machines, "-q", "web", "127.0.0.1:two").stdout == ""
+
+
+# --- what is refused
+
+
+def test_a_name_that_is_taken_is_refused(machines: Machines, tool: Tool) -> None:
+    machines.there.add_guest("web", [File("mine", b"mine")])
+    before = snapshot(machines.there.root("web"))
+    done = copy(tool, machines, "web", "127.0.0.1:", code=2)
+    assert "--refresh" in done.stderr
+    assert differences(before, snapshot(machines.there.root("web"))) == []
+    (machines.there.root("other") / "x").mkdir(parents=True)
+    assert "not empty" in copy(tool, machines, "web", "127.0.0.1:other", code=2).stderr
+
+
+def test_guests_that_are_not_there_and_names_that_cannot_be(machines: Machines, tool: Tool) -> None:
+    copy(tool, machines, "none", "127.0.0.1:", code=3)
+    copy(tool, machines, "127.0.0.1:none", "here", code=3)
+    copy(tool, machines, "web", "127.0.0.1:../up", code=2)
+    copy(tool, machines, "web", "web", code=2)
+    copy(tool, machines, "127.0.0.1:a", "127.0.0.1:b", code=2)
+    assert list(machines.there.vdirbase.iterdir()) == []
+
+
+def test_a_program_that_is_missing_there_is_said_with_two_lines(
+    machines: Machines, tool: Tool
+) -> None:
+    arguments = [*machines.options()[:-1], "/nowhere/vserver-copy"]
+    done = tool("vserver-copy", *arguments, "web", "root@127.0.0.1:")
+    assert done.returncode == 1
+    assert "/nowhere/vserver-copy" in done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("    ")]
+    assert len(lines) == 2
+    assert all("ssh root@127.0.0.1" in line for line in lines)
+
+
+def test_a_machine_that_does_not_answer_is_said(machines: Machines, tool: Tool) -> None:
+    done = tool("vserver-copy", "-F", os.devnull, "-p", "1", "web", "127.0.0.1:")
+    assert done.returncode == 1
+    assert "127.0.0.1 port 1: Connection refused" in done.stderr

@@ -1,0 +1,148 @@
+"""The configuration that comes along, and guests that run: moved with a short pause."""
+
+import json
+from collections.abc import Iterator
+
+import pytest
+
+from tests.conftest import Tool
+from tests.fixtures.filesystems import Site
+from tests.fixtures.probes import need, on
+from tests.fixtures.trees import COPY_MAY_DIFFER, File, differences, snapshot
+from tests.fixtures.vservers import Host, host_for_guests
+
+pytestmark = [need("root", "immutable", "lease"), on("ext4")]
+
+_HOSTS = "127.0.0.1 localhost\n10.0.0.5 web.example web\n10.0.0.55 webster\n"
+_INTERFACES = "iface eth0 inet static\n  address 10.0.0.5\n  gateway 10.0.0.1\n"
+
+
+def _add(site: Site) -> None:
+    site.add_guest(
+        "web",
+        [
+            File("etc/hostname", b"web.example\n"),
+            File("etc/hosts", _HOSTS.encode()),
+            File("etc/network/interfaces", _INTERFACES.encode()),
+            File("etc/other", b"web.example 10.0.0.5\n"),
+        ],
+    )
+    for path, text in {
+        "context": "1234\n",
+        "uts/nodename": "web.example\n",
+        "interfaces/dev": "eth0\n",
+        "interfaces/0/ip": "10.0.0.5\n",
+        "interfaces/0/prefix": "24\n",
+        "apps/init/mark": "default\n",
+        "bcapabilities": "NET_RAW\n",
+        "scripts/pre-start": "#!/bin/sh\n",
+    }.items():
+        site.configure("web", path, text)
+
+
+def _copy(tool: Tool, *arguments: str, code: int = 0) -> str:
+    done = tool("vserver-copy", *arguments)
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stderr
+
+
+def _key(site: Site, name: str, key: str) -> str:
+    return (site.confdir / name / key).read_text().strip()
+
+
+def test_a_copy_beside_its_source_needs_numbers_of_its_own(site: Site, tool: Tool) -> None:
+    _add(site)
+    assert "--context" in _copy(tool, "web", "new", code=2)
+    assert "10.0.0.5" in _copy(tool, "--context", "auto", "web", "new", code=2)
+    assert not site.root("new").exists()
+    assert sorted(path.name for path in site.confdir.iterdir()) == ["web"]
+
+
+def test_name_addresses_and_context_are_changed_also_in_the_guest(site: Site, tool: Tool) -> None:
+    _add(site)
+    said = _copy(
+        tool,
+        *("-q", "--context", "auto", "--hostname", "shop.example", "--interface"),
+        *("eth1:10.0.0.9/25", "web", "shop"),
+    )
+    assert "scripts/pre-start" in said
+    assert int(_key(site, "shop", "context")) >= 40000
+    assert _key(site, "shop", "uts/nodename") == "shop.example"
+    assert _key(site, "shop", "interfaces/0/ip") == "10.0.0.9"
+    assert _key(site, "shop", "interfaces/0/prefix") == "25"
+    assert _key(site, "shop", "interfaces/0/dev") == "eth1"
+    assert _key(site, "shop", "bcapabilities") == "NET_RAW"
+    assert not (site.confdir / "shop/apps/init/mark").exists()
+    assert not (site.confdir / "shop/scripts").exists() or not list(
+        (site.confdir / "shop/scripts").iterdir()
+    )
+    assert (site.confdir / "shop/vdir").readlink() == site.root("shop")
+    root = site.root("shop")
+    assert (root / "etc/hostname").read_text() == "shop.example\n"
+    wanted = _HOSTS.replace("10.0.0.5 web.example web", "10.0.0.9 shop.example shop")
+    assert (root / "etc/hosts").read_text() == wanted
+    assert "address 10.0.0.9\n" in (root / "etc/network/interfaces").read_text()
+    assert (root / "etc/other").read_text() == "web.example 10.0.0.5\n"
+    assert "nothing to do" in tool("vserver-copy", "--refresh", "web", "shop").stdout
+
+
+def test_an_old_style_guest_stays_one(site: Site, tool: Tool) -> None:
+    (site.vdirbase / "mail").mkdir()
+    (site.vdirbase / "mail" / "file").write_text("mail")
+    conf = 'S_HOSTNAME="mail"\nIPROOT="eth0:10.0.0.7/24 10.0.0.8"\nONBOOT="yes"\nS_CONTEXT=77\n'
+    (site.confdir / "mail.conf").write_text(conf)
+    options = ["--ip", "10.1.0.7", "--ip", "10.1.0.8/16", "--context", "78", "--hostname", "post"]
+    _copy(tool, "-q", *options, "mail", "post")
+    text = (site.confdir / "post.conf").read_text()
+    assert 'S_HOSTNAME="post"' in text
+    assert 'IPROOT="eth0:10.1.0.7/24 10.1.0.8/16"' in text
+    assert 'ONBOOT="no"' in text
+    assert 'S_CONTEXT="78"' in text
+    assert (site.root("post") / "file").read_text() == "mail"
+
+
+@pytest.mark.parametrize(
+    "options", [["--ip", "nonsense"], ["--context", "1"], ["--hostname", "a b"], ["--bwlimit", "x"]]
+)
+def test_values_that_cannot_be_are_refused(site: Site, tool: Tool, options: list[str]) -> None:
+    _add(site)
+    _copy(tool, *options, "web", "new", code=2)
+    assert not site.root("new").exists()
+
+
+@pytest.fixture
+def host(site: Site, monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
+    folder = site.filesystem.folder / "host"
+    folder.mkdir()
+    yield from host_for_guests(folder, monkeypatch)
+
+
+@need("cgroup_freezer")
+def test_a_guest_that_runs_is_moved_and_its_downtime_said(host: Host, tool: Tool) -> None:
+    source = host.add_busybox("web")
+    host.vserver("web", "start")
+    host.names.append("new")
+    done = tool("vserver-copy", "--json", "--stop", "--start", "--context", "auto", "web", "new")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert 0 < report["downtime_seconds"] < 60
+    host.vserver("web", "running", code=1)
+    host.vserver("new", "running")
+    assert host.inside("new", "hostname").strip() == "web"
+    host.vserver("new", "stop")
+    found = differences(
+        snapshot(source), snapshot(host.etc.vdirbase / "new"), ignoring=COPY_MAY_DIFFER
+    )
+    assert [line for line in found if "mtime" not in line] == []
+
+
+@need("cgroup_freezer")
+def test_a_target_that_runs_is_refused(host: Host, tool: Tool) -> None:
+    host.add_busybox("web")
+    _copy(tool, "-q", "--context", "auto", "web", "new")
+    host.names.append("new")
+    host.vserver("new", "start")
+    before = (host.etc.vdirbase / "new").stat().st_ino
+    assert "runs here" in _copy(tool, "--refresh", "web", "new", code=4)
+    assert (host.etc.vdirbase / "new").stat().st_ino == before

@@ -1,0 +1,360 @@
+"""A peer that lies, in both directions: refused, and nothing outside the copy's folder is touched.
+
+Row 16 of what has gone wrong elsewhere. The honest side is the installed program on a pair of
+sockets; the other side speaks the protocol by hand.
+"""
+
+import os
+import signal
+import socket
+import stat
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from blake3 import blake3
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.fixtures.filesystems import Site
+from tests.fixtures.probes import need, on
+from tests.fixtures.runs import find_faults, list_objects
+from tests.fixtures.sshd import PROGRAM
+from tests.fixtures.trees import File, Folder, differences, snapshot
+from vstore.copy import messages as m
+from vstore.copy.manifest import Row, pack_parts
+from vstore.copy.wire import Channel
+from vstore.errors import ToolError
+
+pytestmark = [need("immutable", "lease"), on("ext4")]
+
+_FILE = stat.S_IFREG | 0o644
+_DIR = stat.S_IFDIR | 0o755
+_LINK = stat.S_IFLNK | 0o777
+
+
+@contextmanager
+def _server() -> Iterator[m.Dialogue]:
+    """The installed program as a server, and our end of its channel."""
+    ours, theirs = socket.socketpair()
+    command = [os.fspath(PROGRAM), "--serve"]
+    end, pipe = theirs.fileno(), subprocess.PIPE
+    with subprocess.Popen(command, stdin=end, stdout=end, stderr=pipe) as process:
+        theirs.close()
+        fd = ours.detach()
+        channel = Channel(fd, fd, peer="honest", silence_s=20)
+        dialogue = m.Dialogue(channel)
+        try:
+            m.greet(dialogue, "hostile", "nowhere")
+            yield dialogue
+        finally:
+            channel.close(wait_s=0)
+            try:
+                _, said = process.communicate(timeout=20)
+            except subprocess.TimeoutExpired:
+                process.send_signal(signal.SIGKILL)
+                raise
+            assert b"Traceback" not in said, said.decode()
+
+
+def _offer(dialogue: m.Dialogue, **changes: Any) -> m.Target:
+    """Begin to send a guest `new`, as it should be but for the changes."""
+    dialogue.send(m.Request("receive", "web", "new"))
+    source = m.Source("web", os.uname().machine, False, False, m.Identity(), 10, 1000, [])
+    dialogue.send(msgspec.structs.replace(source, **changes))
+    return dialogue.expect(m.Target)
+
+
+class _Tree:
+    """Batches by hand."""
+
+    def __init__(self, dialogue: m.Dialogue) -> None:
+        self._dialogue = dialogue
+        self._digest = blake3()
+        self._rows = 0
+        self._batches = 0
+
+    def send(self, *parts: tuple[bytes, list[Row]], contents: tuple[bytes, ...] = ()) -> None:
+        """One batch, and the contents of those of its rows that are asked for, in order."""
+        packed = pack_parts(list(parts))
+        count = sum(len(rows) for _, rows in parts)
+        self._digest.update(packed)
+        bits = m.set_bits(list(range(count)), count)
+        self._dialogue.send(
+            m.Batch(self._batches, self._rows, msgspec.Raw(packed), bits, bytes(len(bits)))
+        )
+        want = self._dialogue.expect(m.Want)
+        wanted = [self._rows + place for place in m.list_bits(want.wanted, count)]
+        if wanted and contents:
+            self._dialogue.send(m.Contents(list(zip(wanted, contents, strict=False))))
+        self._dialogue.send(m.Served(self._batches))
+        self._batches += 1
+        self._rows += count
+
+    def end(self) -> m.Result:
+        self._dialogue.send(m.End(self._batches, self._rows, self._digest.digest()))
+        return self._dialogue.expect(m.Result)
+
+
+def _row(name: bytes, content: bytes = b"x" * 99, mode: int = _FILE) -> Row:
+    return Row(name, mode, size=len(content), digest=blake3(content).digest())
+
+
+_ROOT = (b"", [Row(b"", _DIR)])
+
+
+@pytest.fixture
+def canary(site: Site) -> Iterator[Path]:
+    """A folder beside everything, which stays as it is; the guest `new` never comes to be."""
+    folder = site.filesystem.folder / "canary"
+    folder.mkdir()
+    (folder / "file").write_text("mine")
+    before = snapshot(folder)
+    outside = {path.name for path in site.filesystem.folder.iterdir()}
+    yield folder
+    assert differences(before, snapshot(folder)) == []
+    assert {path.name for path in site.filesystem.folder.iterdir()} == outside
+    assert not site.root("new").exists()
+    assert not (site.confdir / "new").exists()
+
+
+_CRAFTED: dict[str, list[tuple[bytes, list[Row]]]] = {
+    "up": [_ROOT, (b"", [_row(b"..")])],
+    "path up": [_ROOT, (b"..", [_row(b"f")])],
+    "absolute": [_ROOT, (b"/etc", [_row(b"f")])],
+    "name with slash": [_ROOT, (b"", [_row(b"../canary/file")])],
+    "empty name": [_ROOT, (b"", [_row(b"")])],
+    "nul": [_ROOT, (b"", [_row(b"a\0b")])],
+    "below a symlink": [
+        _ROOT,
+        (b"", [Row(b"out", _LINK, text=b"../../../canary")]),
+        (b"out", [_row(b"file")]),
+    ],
+    "folder over a symlink": [
+        _ROOT,
+        (b"", [Row(b"out", _LINK, text=b"../../../canary")]),
+        (b"out", [Row(b"", _DIR)]),
+    ],
+    "twice": [_ROOT, (b"", [_row(b"f"), _row(b"f")])],
+    "symlink then file": [_ROOT, (b"", [Row(b"f", _LINK, text=b"../../canary/file"), _row(b"f")])],
+    "link to what is not": [_ROOT, (b"", [Row(b"f", _FILE, link=5)])],
+    "link to no group": [_ROOT, (b"", [_row(b"a"), Row(b"f", _FILE, link=1)])],
+    "link to a symlink as a file": [
+        _ROOT,
+        (b"", [Row(b"a", _LINK, text=b"/etc/shadow"), Row(b"f", _FILE, link=1)]),
+    ],
+    "no parent": [_ROOT, (b"a/b", [_row(b"f")])],
+    "no root": [(b"", [_row(b"f")]), _ROOT],
+    "huge": [_ROOT, (b"", [Row(b"f", _FILE, size=(1 << 63) - 1, digest=bytes(32))])],
+    "foreign attribute": [
+        _ROOT,
+        (b"", [Row(b"f", _FILE, size=0, digest=bytes(32), xattrs=[(b"btrfs.compression", b"x")])]),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", sorted(_CRAFTED))
+def test_crafted_manifests_end_the_copy(site: Site, canary: Path, name: str) -> None:
+    with _server() as dialogue:
+        _offer(dialogue)
+        tree = _Tree(dialogue)
+        with pytest.raises(ToolError):
+            _send_and_end(tree, _CRAFTED[name])
+
+
+def _send_and_end(tree: _Tree, parts: list[tuple[bytes, list[Row]]]) -> None:
+    contents = [b"x" * 99] * 10
+    tree.send(*parts, contents=tuple(contents))
+    tree.end()
+
+
+def test_the_same_by_hand_but_honest_arrives(site: Site) -> None:
+    """The witness that the refusals above are for what was crafted."""
+    with _server() as dialogue:
+        _offer(dialogue)
+        tree = _Tree(dialogue)
+        tree.send(_ROOT, (b"", [_row(b"f"), Row(b"l", _LINK, text=b"f")]), contents=(b"x" * 99,))
+        assert tree.end().files == 1
+    assert (site.root("new") / "f").read_bytes() == b"x" * 99
+    assert find_faults(site.pool) == []
+
+
+def test_other_content_than_was_announced_is_not_taken(site: Site, canary: Path) -> None:
+    with _server() as dialogue:
+        _offer(dialogue)
+        tree = _Tree(dialogue)
+        tree.send(_ROOT, (b"", [_row(b"f")]), contents=(b"y" * 99,))
+        with pytest.raises(ToolError, match="its digest is another one"):
+            tree.end()
+    assert list_objects(site.pool) == []
+
+
+def test_contents_that_nobody_asked_for_end_the_copy(site: Site, canary: Path) -> None:
+    for message in (
+        m.Contents([(77, b"x")]),
+        m.Piece(0, 0, b"x"),
+        m.Piece(1, (1 << 62), b"x", last=True),
+        m.Gone(9, "x", is_error=False),
+        m.Proofs(0, []),
+        m.Served(3),
+        m.Same(same=True),
+        m.End(0, 0, bytes(32)),
+        m.End(1, 2, bytes(32)),
+    ):
+        with _server() as dialogue:
+            _offer(dialogue)
+            packed = pack_parts([_ROOT, (b"", [_row(b"f")])])
+            dialogue.send(m.Batch(0, 0, msgspec.Raw(packed), b"\0", b"\0"))
+            dialogue.expect(m.Want)
+            dialogue.send(message)
+            with pytest.raises(ToolError):
+                dialogue.expect(m.Result)
+
+
+def test_less_than_was_asked_for_ends_the_copy(site: Site, canary: Path) -> None:
+    with _server() as dialogue:
+        _offer(dialogue)
+        tree = _Tree(dialogue)
+        tree.send(_ROOT, (b"", [_row(b"f")]))
+        with pytest.raises(ToolError, match="less than was asked for"):
+            tree.end()
+
+
+def test_a_manifest_without_contents_cannot_fill_the_memory(site: Site, canary: Path) -> None:
+    with _server() as dialogue:
+        _offer(dialogue)
+        with pytest.raises(ToolError, match="more of a manifest than it serves"):
+            _send_batches(dialogue, 200)
+
+
+def _send_batches(dialogue: m.Dialogue, count: int) -> None:
+    for number in range(count):
+        row = _row(b"%d" % number, os.urandom(50)) if number else Row(b"", _DIR)
+        packed = pack_parts([(b"", [row])])
+        dialogue.send(m.Batch(number, number, msgspec.Raw(packed), b"\0", b"\0"))
+        dialogue.expect(m.Want)
+
+
+@pytest.mark.parametrize(
+    "path", ["d/../../escape", "d//x", "/etc/passwd", "d/vdir", "x", "d/a\nb", "conf/x", "d/.."]
+)
+def test_settings_that_lead_elsewhere_end_the_copy(site: Site, canary: Path, path: str) -> None:
+    with _server() as dialogue, pytest.raises(ToolError):
+        _offer(dialogue, settings=[m.Setting(path, "f", 0o644, b"x")])
+
+
+def test_scripts_and_symlinks_out_of_the_configuration_stay_behind(site: Site) -> None:
+    items = [
+        m.Setting("d/", "d", 0o755),
+        m.Setting("d/scripts", "d", 0o755),
+        m.Setting("d/scripts/pre-start", "f", 0o755, b"#!/bin/sh\n"),
+        m.Setting("d/out", "l", 0o777, b"/etc/shadow"),
+        m.Setting("d/context", "f", 0o644, b"1234\n"),
+    ]
+    with _server() as dialogue:
+        _offer(dialogue, settings=items)
+        tree = _Tree(dialogue)
+        tree.send(_ROOT)
+        result = tree.end()
+    assert len(result.warnings) == 2
+    assert sorted(path.name for path in (site.confdir / "new").iterdir()) == ["context", "vdir"]
+
+
+def test_whoever_knows_a_digest_alone_gets_nothing_where_proofs_are_asked(site: Site) -> None:
+    secret = b"the secret of another guest " * 99
+    site.configure(".defaults", "apps/vserver-copy/policy", "prove\n")
+    root = site.add_guest("victim", [File("secret", secret)])
+    subprocess.run([PROGRAM.with_name("vhashify"), "victim"], check=True, capture_output=True)
+    assert (root / "secret").stat().st_nlink == 2
+    for proof in (bytes(32), blake3(secret).digest()):
+        with _server() as dialogue:
+            _offer(dialogue)
+            packed = pack_parts([_ROOT, (b"", [_row(b"f", secret)])])
+            dialogue.send(m.Batch(0, 0, msgspec.Raw(packed), b"\x03", b"\0"))
+            want = dialogue.expect(m.Want)
+            assert want.wanted == b"\0"
+            assert m.list_bits(want.proven, 2) == [1]
+            dialogue.send(m.Proofs(0, [proof]))
+            dialogue.send(m.Served(0))
+            dialogue.send(m.End(1, 2, blake3(packed).digest()))
+            with pytest.raises(ToolError, match="without having its content"):
+                dialogue.expect(m.Result)
+        assert not site.root("new").exists()
+    with _server() as dialogue:
+        _offer(dialogue)
+        dialogue.send(m.Batch(0, 0, msgspec.Raw(packed), b"\x03", b"\0"))
+        nonce = dialogue.expect(m.Want).nonce
+        dialogue.send(m.Proofs(0, [blake3(secret, key=nonce).digest()]))
+        dialogue.send(m.Served(0))
+        dialogue.send(m.End(1, 2, blake3(packed).digest()))
+        assert dialogue.expect(m.Result).files == 1
+    assert (site.root("new") / "f").read_bytes() == secret
+
+
+# --- a hostile receiver
+
+
+def _fetch(dialogue: m.Dialogue, name: str) -> tuple[m.Source, m.Batch]:
+    dialogue.send(m.Request("send", name, "x"))
+    source = dialogue.expect(m.Source)
+    dialogue.send(m.Target(m.Identity(), "x", False))
+    return source, dialogue.expect(m.Batch)
+
+
+@pytest.mark.parametrize("name", ["../up", "/etc", "", "none", ".defaults"])
+def test_a_receiver_gets_configured_guests_alone(site: Site, name: str) -> None:
+    site.add_guest("web", [File("f", b"x" * 99)])
+    with _server() as dialogue, pytest.raises(ToolError):
+        _fetch(dialogue, name)
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [
+        [m.Want(0, b"\xff")],
+        [m.Want(1, b"\0")],
+        [m.Want(0, b"\x01")],
+        [m.Want(0, b"\0", b"\x02", b"short")],
+        [m.Base(1, 4096, b"x" * 8, 1 << 40), m.Want(0, b"\x02")],
+        [m.Base(1, 1 << 30, b"", 5), m.Base(1, 4096, b"", 5)],
+        [m.Base(number, 4096, bytes(1 << 20), 1) for number in range(80)],
+        [m.Served(0)],
+        [m.Result()],
+    ],
+)
+def test_wishes_that_cannot_be_end_the_copy(site: Site, answers: list[Any]) -> None:
+    site.add_guest("web", [Folder(""), File("f", os.urandom(2 << 20))])
+    with _server() as dialogue:
+        _fetch(dialogue, "web")
+        with pytest.raises(ToolError):
+            _answer_all(dialogue, answers)
+
+
+def _answer_all(dialogue: m.Dialogue, answers: list[Any]) -> None:
+    for answer in answers:
+        dialogue.send(answer)
+    while not isinstance(dialogue.receive(), m.End):
+        pass
+
+
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    frames=st.lists(st.tuples(st.integers(0, 20), st.binary(max_size=200)), min_size=1, max_size=6)
+)
+def test_frames_of_anything_never_bring_a_side_down(
+    site: Site, frames: list[tuple[int, bytes]]
+) -> None:
+    """`_server` sees to it that the program ends by itself and without a traceback."""
+    with _server() as dialogue:
+        _offer(dialogue)
+        with suppress(ToolError):
+            for kind, body in frames:
+                dialogue.channel.send(kind, body)
+            dialogue.channel.flush()
+    assert not site.root("new").exists()

@@ -1,0 +1,66 @@
+"""Memory does not grow with the guest: many entries, and one file of holes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.fixtures.filesystems import Site
+from tests.fixtures.probes import is_soak, need, on, scaled
+from tests.fixtures.trees import File
+
+pytestmark = [need("immutable", "lease"), on("xfs")]
+
+_LIMIT_KIB = 300 << 10
+_RUN = """
+import resource, sys
+from vstore.commands import vserver_copy
+try:
+    vserver_copy.command.main(sys.argv[1:], standalone_mode=False)
+finally:
+    own, others = (resource.getrusage(who).ru_maxrss for who in (0, -1))
+    print(own, others, file=sys.stderr)
+"""
+
+
+def _peaks(*arguments: str) -> tuple[int, int]:
+    """KiB at most of the sending side, and of the largest of the receiving side's processes."""
+    command = [sys.executable, "-c", _RUN, "-q", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    own, others = done.stderr.split()[-2:]
+    return int(own), int(others)
+
+
+@pytest.mark.timeout(1800 if is_soak() else 120)
+def test_memory_is_bounded_with_many_entries(site: Site) -> None:
+    """Few of the files are equal; the rest are of many sizes, as in a spool."""
+    root = site.add_guest("web")
+    for folder in range(scaled(10, 400)):
+        place = root / f"{folder}"
+        place.mkdir()
+        for number in range(2500):
+            (place / f"{number}").write_bytes(b"%d of %d " % (number, folder) * 3)
+    own, others = _peaks("web", "copy")
+    assert own < _LIMIT_KIB
+    assert others < _LIMIT_KIB
+    names = [sum(len(files) for _, _, files in os.walk(tree)) for tree in _trees(site)]
+    assert names[0] == names[1]
+
+
+def _trees(site: Site) -> tuple[Path, Path]:
+    return site.root("web"), site.root("copy")
+
+
+@pytest.mark.timeout(1800 if is_soak() else 120)
+def test_a_large_file_of_holes_stays_one(site: Site) -> None:
+    size = scaled(4 << 30, 50 << 30)
+    site.add_guest("web", [File("disk", b"data" * 5000, at=1 << 30, size=size)])
+    own, others = _peaks("web", "copy")
+    assert own < _LIMIT_KIB
+    assert others < _LIMIT_KIB
+    before, after = ((tree / "disk").stat() for tree in _trees(site))
+    assert (before.st_size, before.st_mtime_ns) == (after.st_size, after.st_mtime_ns)
+    assert after.st_blocks * 512 < 1 << 20

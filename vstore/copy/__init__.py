@@ -1,0 +1,1 @@
+"""Copying guests between machines: only what the other side lacks travels."""

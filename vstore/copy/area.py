@@ -1,0 +1,175 @@
+"""The folder in which a copy grows, beside the target that it will become.
+
+    VDIRBASE/
+    ├── web/                     the target; not touched before the last rename
+    └── web.copy-3f9a12cd/       0700, under a flock while its program lives
+        ├── tree/                what becomes the target
+        └── arrived/
+            ├── <digest>         a content that has come; who finds it later reads it first
+            ├── part-<row>       one that is coming
+            └── group-<row>      a name of an inode that more names are to follow of
+
+What a program leaves that was killed or cut off is found by the next copy to the same target:
+contents that had arrived are used after they were read again, and the rest is removed at the end.
+"""
+
+import errno
+import fcntl
+import os
+import re
+import secrets
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from vstore import extents, inode
+from vstore.digest import digest_content
+from vstore.errors import NoSpace, ToolError
+from vstore.remove import Tree
+
+MARK: Final = ".copy-"
+_LONGEST_STEM: Final = 200
+
+
+@dataclass(slots=True)
+class Area:
+    """An open area. `leftovers` are the areas of copies that ended before their time."""
+
+    parent: Path
+    parent_fd: int
+    name: bytes
+    fd: int
+    tree_fd: int
+    arrived_fd: int
+    leftovers: list["Area"] = field(default_factory=list)
+
+    @property
+    def path(self) -> Path:
+        return self.parent / os.fsdecode(self.name)
+
+    def as_tree(self) -> Tree:
+        """The whole area, to be removed."""
+        return Tree(os.fspath(self.path), self.parent_fd, self.name, self.fd)
+
+    def open_part(self, row: int) -> int:
+        """A new file for the content of a row. Raises OSError."""
+        flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+        return os.open(f"part-{row}", flags, 0o600, dir_fd=self.arrived_fd)
+
+    def drop_part(self, row: int) -> None:
+        with suppress(FileNotFoundError):
+            os.unlink(f"part-{row}", dir_fd=self.arrived_fd)
+
+    def keep_part(self, row: int, digest: bytes) -> None:
+        """The content of a row has come and is what its digest says."""
+        folder = self.arrived_fd
+        os.rename(f"part-{row}", digest.hex(), src_dir_fd=folder, dst_dir_fd=folder)
+
+    def keep_content(self, content: bytes, digest: bytes) -> None:
+        """As `keep_part`, of a content that is at hand. Raises OSError."""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+        fd = os.open(digest.hex(), flags, 0o600, dir_fd=self.arrived_fd)
+        try:
+            done = 0
+            while done < len(content):
+                done += os.write(fd, content[done:])
+        finally:
+            os.close(fd)
+
+    def has_arrived(self, digest: bytes) -> bool:
+        """Whether the content is here, or was when an earlier copy ended."""
+        name = digest.hex()
+        with suppress(FileNotFoundError):
+            os.stat(name, dir_fd=self.arrived_fd, follow_symlinks=False)
+            return True
+        return any(self._take_over(old, name, digest) for old in self.leftovers)
+
+    def _take_over(self, old: "Area", name: str, digest: bytes) -> bool:
+        try:
+            fd = os.open(name, inode.OPEN_TO_READ, dir_fd=old.arrived_fd)
+        except OSError:
+            return False
+        try:
+            status = os.fstat(fd)
+            if inode.is_immutable(fd) or digest_content(fd, status) != digest:
+                return False
+            if status.st_nlink > 1:  # it has a name in the old tree, which may be somebody's
+                return self._copy_over(fd, digest)
+            os.rename(name, name, src_dir_fd=old.arrived_fd, dst_dir_fd=self.arrived_fd)
+        finally:
+            os.close(fd)
+        return True
+
+    def _copy_over(self, source_fd: int, digest: bytes) -> bool:
+        fd = self.open_part(0)
+        try:
+            extents.copy_data(source_fd, fd, size=os.fstat(source_fd).st_size)
+            is_good = digest_content(fd, os.fstat(fd)) == digest
+        finally:
+            os.close(fd)
+        if is_good:
+            self.keep_part(0, digest)
+        return is_good
+
+    def list_arrived(self) -> list[str]:
+        """All names of `arrived`: btrfs shows a descriptor what was there when it was opened."""
+        fd = os.open(".", inode.OPEN_FOLDER, dir_fd=self.arrived_fd)
+        try:
+            return os.listdir(fd)  # noqa: PTH208 - by descriptor
+        finally:
+            os.close(fd)
+
+
+@contextmanager
+def open_area(parent: Path, target: str) -> Iterator[Area]:
+    """A new area beside the target. It stays: whoever is done with it removes it.
+
+    Raises NoSpace, ToolError.
+    """
+    stem = target[:_LONGEST_STEM] + MARK
+    with ExitStack() as stack:
+        try:
+            parent_fd = os.open(parent, inode.OPEN_FOLDER)
+            stack.callback(os.close, parent_fd)
+            leftovers = list(_find_leftovers(parent, parent_fd, stem, stack))
+            area = _make(parent, parent_fd, stem, stack)
+        except OSError as error:
+            kind = NoSpace if error.errno in (errno.ENOSPC, errno.EDQUOT) else ToolError
+            raise kind(f"{parent}: cannot make a folder for the copy: {error.strerror}") from error
+        area.leftovers = leftovers
+        yield area
+
+
+def _make(parent: Path, parent_fd: int, stem: str, stack: ExitStack) -> Area:
+    name = os.fsencode(stem + secrets.token_hex(4))
+    os.mkdir(name, 0o700, dir_fd=parent_fd)
+    fd = _open(name, parent_fd, stack)
+    fcntl.flock(fd, fcntl.LOCK_EX)
+    for folder in ("tree", "arrived"):
+        os.mkdir(folder, 0o700, dir_fd=fd)
+    return Area(
+        parent, parent_fd, name, fd, _open(b"tree", fd, stack), _open(b"arrived", fd, stack)
+    )
+
+
+def _find_leftovers(parent: Path, parent_fd: int, stem: str, stack: ExitStack) -> Iterator[Area]:
+    """Areas that nobody holds; from now on we do."""
+    for entry in sorted(os.listdir(parent_fd)):
+        if not re.fullmatch(re.escape(stem) + "[0-9a-f]{8}", entry):
+            continue
+        name = os.fsencode(entry)
+        with suppress(OSError):
+            fd = _open(name, parent_fd, stack)
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            arrived_fd = -1
+            with suppress(OSError):
+                arrived_fd = _open(b"arrived", fd, stack)
+            yield Area(parent, parent_fd, name, fd, -1, arrived_fd)
+
+
+def _open(name: bytes, folder_fd: int, stack: ExitStack) -> int:
+    fd = os.open(name, inode.OPEN_FOLDER, dir_fd=folder_fd)
+    stack.callback(os.close, fd)
+    return fd

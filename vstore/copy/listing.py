@@ -1,0 +1,436 @@
+"""The manifest of a guest's tree, batch by batch, as its sender makes it and as a receiver makes
+its own to compare.
+
+An object says in its name what it is, so that a unified guest is listed without reading its files.
+Other files are read unless the pool's index knows their digest. What changes while it is read is
+listed as it was; whoever sends it looks again.
+"""
+
+import errno
+import os
+import sqlite3
+import stat
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Final
+
+from blake3 import blake3
+
+from vstore import index, inode, lease
+from vstore.copy import blocks
+from vstore.copy.manifest import Part, Row, can_be_object, pack_parts
+from vstore.copy.messages import ROWS_A_BATCH
+from vstore.copy.shelf import Shelf
+from vstore.digest import digest_content
+from vstore.exclude import Excludes
+from vstore.folders import Folder, Missed, join, walk_folders
+from vstore.pool import Identity, Pool, digest_xattrs
+from vstore.scan import open_below
+
+_MIN_SIZE: Final = 16  # bytes, as vunify
+_BODY_LIMIT: Final = 3 << 20  # bytes of a batch
+_DIGESTS_AT_ONCE: Final = 1000
+_BLOCKS_KEPT: Final = 8  # files, of 2 MiB at most each
+_UNREADABLE: Final = "cannot be read"
+_VANISHED: Final = frozenset((errno.ENOENT, errno.ENOTDIR, errno.ELOOP))
+_NO_XATTRS: Final = frozenset((errno.EOPNOTSUPP, errno.ENOTSUP))
+
+Path = bytes
+"""Below a guest's root."""
+Key = tuple[int, int, int, int]
+"""Inode number, size, mtime and ctime (ns) of a file when it was listed."""
+
+
+@dataclass(slots=True)
+class Listed:
+    """A batch: its rows, and what only this side knows of them."""
+
+    number: int
+    first: int
+    parts: list[Part] = field(default_factory=list)
+    shared: list[int] = field(default_factory=list)  # places in the batch
+    groups: list[int] = field(default_factory=list)  # the same, of first names of inodes
+    keys: list[Key | None] = field(default_factory=list)
+    packed: bytes = b""
+    weight: int = 0
+
+    @property
+    def count(self) -> int:
+        return len(self.keys)
+
+    def rows(self) -> Iterator[tuple[bytes, Row]]:
+        """Each row with its folder's path."""
+        for path, rows in self.parts:
+            for row in rows:
+                yield path, row
+
+
+@dataclass(slots=True)
+class Found:
+    """What a listing counted; `errors` are (path, reason)."""
+
+    rows: int = 0
+    files: int = 0
+    size: int = 0
+    skipped: dict[str, int] = field(default_factory=dict)
+    errors: list[tuple[Path, str]] = field(default_factory=list)
+
+    def skip(self, reason: str) -> None:
+        self.skipped[reason] = self.skipped.get(reason, 0) + 1
+
+
+class Listing:
+    """Lists the tree behind `root_fd`. `rewritten`: contents that stand in for those of files."""
+
+    def __init__(
+        self,
+        root_fd: int,
+        pool: Pool | None,
+        excludes: Excludes,
+        *,
+        rewritten: Mapping[bytes, bytes],
+        is_still: bool,
+        keeps_blocks: bool = False,
+    ) -> None:
+        self.found = Found()
+        self.digest = blake3()
+        self.next_batch = 0
+        self._root_fd = root_fd
+        self._rewritten = rewritten
+        self._is_still = is_still  # nothing writes to the tree: digests may be kept
+        self._keeps_blocks = keeps_blocks
+        self.blocks: dict[Key, bytes] = {}  # digests of the blocks of some large files
+        self._rules = excludes
+        device = os.fstat(root_fd).st_dev
+        self._pool_ino = os.fstat(pool.fd).st_ino if pool else 0
+        has_objects = pool is not None and pool.device == device
+        self._shelf = Shelf(pool if has_objects else None, by_digest=False)
+        self._database = sqlite3.connect("", isolation_level=None)
+        index.load_index(self._database, pool if has_objects else None)
+        self._volume = index.volume_of(root_fd)
+        self._fresh: list[index.DigestRow] = []
+        self._groups: dict[int, tuple[int, int]] = {}  # inode -> its first row, names to come
+        self._batch = Listed(0, 0)
+        lease.ignore_break_signals()
+
+    def close(self) -> None:
+        """Keep the new digests for the next run."""
+        self._store_digests()
+        self._database.close()
+        self._shelf.close()
+
+    # --- batches
+
+    def batches(self) -> Iterator[Listed]:
+        """The whole tree."""
+        missed = Missed()
+        for folder in walk_folders(self._root_fd, missed, skip_ino=self._pool_ino):
+            yield from self._list_folder(folder)
+        for path in sorted(missed.mounts):
+            self.found.skip("other-mount")
+            yield from self._add_row(path, Row(b"", stat.S_IFDIR | 0o755), None, is_shared=False)
+        self.found.errors += missed.errors
+        if self._batch.keys:
+            yield self._end_batch()
+        self._store_digests()
+
+    def again(self, path: bytes) -> Iterator[Listed]:
+        """A batch with the one file at `path` as it is now; nothing where it is gone."""
+        folder, _, name = path.rpartition(b"/")
+        try:
+            fd = open_below(self._root_fd, folder)
+        except OSError:
+            return
+        try:
+            status = os.stat(name, dir_fd=fd, follow_symlinks=False)
+            if stat.S_ISREG(status.st_mode):
+                row, key = self._list_file(fd, path, name, status)
+                yield from self._add_row(folder, row, key, is_shared=False)
+                yield self._end_batch()
+        except OSError as error:
+            self._note(path, error)
+        finally:
+            os.close(fd)
+
+    def add_row(self, folder: bytes, row: Row) -> Listed:
+        """A batch with one row that somebody else has made."""
+        for _ in self._add_row(folder, row, None, is_shared=False):
+            pass
+        return self._end_batch()
+
+    def _end_batch(self) -> Listed:
+        batch = self._batch
+        batch.packed = pack_parts(batch.parts)
+        self.digest.update(batch.packed)
+        self.found.rows += batch.count
+        self.next_batch = batch.number + 1
+        self._batch = Listed(self.next_batch, batch.first + batch.count)
+        return batch
+
+    def _add_row(
+        self, folder: bytes, row: Row, key: Key | None, *, is_shared: bool
+    ) -> Iterator[Listed]:
+        """Note a row; the batch comes when it is full."""
+        batch = self._batch
+        if not batch.parts or batch.parts[-1][0] != folder:
+            batch.parts.append((folder, []))
+            batch.weight += len(folder)
+        batch.parts[-1][1].append(row)
+        if is_shared:
+            batch.shared.append(batch.count)
+        batch.keys.append(key)
+        batch.weight += 150 + len(row.text) + sum(len(a) + len(b) for a, b in row.xattrs)
+        if batch.count >= ROWS_A_BATCH or batch.weight > _BODY_LIMIT - (1 << 20):
+            yield self._end_batch()
+
+    # --- rows
+
+    def _list_folder(self, folder: Folder) -> Iterator[Listed]:
+        try:
+            xattrs = inode.load_xattrs(folder.fd)
+        except OSError as error:
+            self._note(folder.path, error)
+            return
+        row = _row_of(b"", folder.status, xattrs)
+        row.size = 0
+        yield from self._add_row(folder.path, row, None, is_shared=False)
+        rules: Excludes | _All = self._rules.below(b"/" + folder.path)
+        if folder.path and self._rules and self._is_below_excluded(folder.path):
+            rules = _ALL
+        for entry in folder.entries:
+            if not entry.is_dir(follow_symlinks=False):
+                yield from self._list_entry(folder, entry, rules)
+
+    def _is_below_excluded(self, path: bytes) -> bool:
+        """Whether a folder on the way to `path`, or it itself, is excluded with all it holds."""
+        at = len(path)
+        while at > 0:
+            if self._rules.is_excluded(b"/" + path[:at]):
+                return True
+            at = path.rfind(b"/", 0, at)
+        return False
+
+    def _list_entry(
+        self, folder: Folder, entry: "os.DirEntry[str]", rules: "Excludes | _All"
+    ) -> Iterator[Listed]:
+        name = os.fsencode(entry.name)
+        path = join(folder.path, name)
+        identity = self._shelf.find_inode(entry.inode())
+        try:
+            if identity is not None:
+                row = self._row_of_object(folder.fd, name, identity)
+                yield from self._add_row(folder.path, row, None, is_shared=True)
+                self._count(row)
+                return
+            status = entry.stat(follow_symlinks=False)
+            if stat.S_ISSOCK(status.st_mode):
+                self.found.skip("socket")
+                return
+            group = self._find_group(status)
+            if group >= 0:
+                row, key = Row(name, status.st_mode, link=group), None
+            elif stat.S_ISREG(status.st_mode):
+                row, key = self._list_file(folder.fd, path, name, status)
+            else:
+                row, key = _row_of_other(folder.fd, name, status), None
+        except OSError as error:
+            self._note(path, error)
+            return
+        if status.st_nlink > 1 and group < 0:
+            self._batch.groups.append(self._batch.count)
+            self._groups[status.st_ino] = (self._batch.first + self._batch.count, status.st_nlink)
+        is_alone = status.st_nlink == 1 and can_be_object(row, min_size=_MIN_SIZE)
+        is_shared = is_alone and not rules.is_excluded(b"/" + path)
+        yield from self._add_row(folder.path, row, key, is_shared=is_shared)
+        self._count(row)
+
+    def _find_group(self, status: os.stat_result) -> int:
+        """The row that is another name of the same inode; -1 for its first name."""
+        known = self._groups.get(status.st_ino)
+        if status.st_nlink < 2 or known is None:
+            return -1
+        first, names = known
+        if names <= 2:
+            del self._groups[status.st_ino]
+        else:
+            self._groups[status.st_ino] = (first, names - 1)
+        return first
+
+    def _row_of_object(self, folder_fd: int, name: bytes, identity: Identity) -> Row:
+        xattrs: list[tuple[bytes, bytes]] = []
+        if identity.xattrs:
+            fd = os.open(name, inode.OPEN_TO_READ, dir_fd=folder_fd)
+            try:
+                xattrs = sorted(inode.load_xattrs(fd).items())
+            finally:
+                os.close(fd)
+        return Row(
+            name,
+            identity.mode,
+            identity.uid,
+            identity.gid,
+            identity.mtime_ns,
+            identity.size,
+            identity.digest,
+            xattrs,
+        )
+
+    def _list_file(
+        self, folder_fd: int, path: bytes, name: bytes, status: os.stat_result
+    ) -> tuple[Row, Key]:
+        fd = os.open(name, inode.OPEN_TO_READ, dir_fd=folder_fd)
+        try:
+            status = os.fstat(fd)
+            if not stat.S_ISREG(status.st_mode):
+                raise OSError(errno.ENOENT, "another kind of file has taken its place")
+            row = _row_of(name, status, inode.load_xattrs(fd))
+            if path in self._rewritten:
+                content = self._rewritten[path]
+                row.size, row.digest = len(content), blake3(content).digest()
+            else:
+                row.digest = self._digest(fd, status)
+        finally:
+            os.close(fd)
+        return row, _key_of(status)
+
+    def _digest(self, fd: int, status: os.stat_result) -> bytes:
+        key = _key_of(status)
+        known = self._known_digest(key)
+        if known:
+            return known
+        if not self._is_still:
+            return self._read(fd, status)
+        is_settled = status.st_ctime_ns + index.SETTLED_NS < time.time_ns()
+        is_leased = is_settled and _take_lease(fd)
+        try:
+            digest = self._read(fd, status)
+            if is_leased and lease.is_unbroken(fd) and _key_of(os.fstat(fd)) == key:
+                self._keep(key, digest, fd)
+        finally:
+            if is_leased:
+                with suppress(OSError):
+                    lease.release(fd)
+        return digest
+
+    def _read(self, fd: int, status: os.stat_result) -> bytes:
+        """The digest of the content; of a large file those of its blocks are kept on the way."""
+        is_dense = status.st_blocks * 512 >= status.st_size > blocks.LARGE
+        if not self._keeps_blocks or not is_dense or len(self.blocks) >= _BLOCKS_KEPT:
+            return digest_content(fd, status)
+        block = blocks.choose_block(status.st_size)
+        digest, self.blocks[_key_of(status)] = blocks.digest_both(fd, status.st_size, block)
+        return digest
+
+    def known_blocks(self, fd: int) -> bytes:
+        """The digests of the blocks of the file behind `fd`, of the size that is chosen for it;
+        b"" where they were not kept.
+        """
+        return self.blocks.get(_key_of(os.fstat(fd)), b"")
+
+    def _known_digest(self, key: Key) -> bytes:
+        found = self._database.execute(
+            "SELECT size, mtime, ctime, digest FROM idx.digests WHERE volume = ? AND ino = ?",
+            (self._volume, index.signed(key[0])),
+        ).fetchone()
+        return bytes(found[3]) if found and tuple(found[:3]) == key[1:] else b""
+
+    def digest_of(self, fd: int) -> bytes:
+        """The digest of the file behind `fd`, from the index where that knows it."""
+        return self._digest(fd, os.fstat(fd))
+
+    def _keep(self, key: Key, digest: bytes, fd: int) -> None:
+        ino, size, mtime, ctime = key
+        if -(1 << 63) <= mtime < 1 << 63:
+            row = (self._volume, index.signed(ino), size, mtime, ctime, digest, digest_xattrs(fd))
+            self._fresh.append(row)
+        if len(self._fresh) >= _DIGESTS_AT_ONCE:
+            self._store_digests()
+
+    def _store_digests(self) -> None:
+        if self._fresh:
+            index.store_digests(self._database, self._fresh)
+            self._fresh = []
+
+    def _count(self, row: Row) -> None:
+        if stat.S_ISREG(row.mode):
+            self.found.files += 1
+            self.found.size += row.size
+
+    def _note(self, path: bytes, error: OSError) -> None:
+        if error.errno not in _VANISHED:
+            self.found.errors.append((path, f"{_UNREADABLE}: {error.strerror}"))
+
+
+class _All:
+    """The rules of a folder that is excluded: nothing in it is shared."""
+
+    def is_excluded(self, path: bytes) -> bool:
+        return True
+
+
+_ALL: Final = _All()
+
+
+def _take_lease(fd: int) -> bool:
+    try:
+        return lease.take(fd)
+    except OSError:
+        return False
+
+
+def _key_of(status: os.stat_result) -> Key:
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def _row_of(name: bytes, status: os.stat_result, xattrs: Mapping[bytes, bytes]) -> Row:
+    return Row(
+        name,
+        status.st_mode,
+        status.st_uid,
+        status.st_gid,
+        status.st_mtime_ns,
+        status.st_size,
+        b"",
+        sorted(xattrs.items()),
+    )
+
+
+def _row_of_other(folder_fd: int, name: bytes, status: os.stat_result) -> Row:
+    """The row of a symlink, device or FIFO."""
+    place = b"/proc/self/fd/%d/%s" % (folder_fd, name)
+    xattrs: dict[bytes, bytes] = {}
+    try:
+        for key in os.listxattr(place, follow_symlinks=False):
+            xattrs[os.fsencode(key)] = os.getxattr(place, key, follow_symlinks=False)
+    except OSError as error:
+        if error.errno not in _NO_XATTRS:
+            raise
+    row = _row_of(name, status, xattrs)
+    row.size = 0
+    if stat.S_ISLNK(status.st_mode):
+        row.text = os.readlink(name, dir_fd=folder_fd)
+        row.mode = stat.S_IFLNK | 0o777
+    elif stat.S_ISCHR(status.st_mode) or stat.S_ISBLK(status.st_mode):
+        row.rdev = status.st_rdev
+    return row
+
+
+def measure(root_fd: int) -> tuple[int, int]:
+    """About how many entries a tree has, and how many bytes of files: at most what may travel."""
+    rows = size = 0
+    groups: set[int] = set()
+    for folder in walk_folders(root_fd, Missed()):
+        rows += 1
+        for entry in folder.entries:
+            if entry.is_dir(follow_symlinks=False):
+                continue
+            rows += 1
+            with suppress(OSError):
+                status = entry.stat(follow_symlinks=False)
+                if stat.S_ISREG(status.st_mode) and status.st_ino not in groups:
+                    size += min(status.st_size, status.st_blocks * 512)
+                    if status.st_nlink > 1:
+                        groups.add(status.st_ino)
+    return rows, size

@@ -1,0 +1,436 @@
+"""A worker's part of receiving: entries of the tree that grows, made by folder and single name.
+
+Nothing here replaces anything: an entry that is there already, or whose folder is none that we have
+made, ends in an error of that row. Objects enter the pool under a name that says what they are,
+after their bytes are on disk, and get their first link in the same window.
+"""
+
+import errno
+import os
+import stat
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from typing import Any, Final
+
+from vstore import extents, inode, syscalls
+from vstore.copy.area import Area
+from vstore.errors import NoSpace
+from vstore.folders import join
+from vstore.pool import Pool, digest_xattrs, parse_object
+from vstore.scan import open_below
+from vstore.window import Windows
+
+Meta = tuple[int, int, int, int, list[tuple[bytes, bytes]]]
+"""Mode, uid, gid, mtime (ns) and xattrs."""
+Spot = tuple[int, bytes, bytes]
+"""A row's number, its folder's path and its name."""
+Origin = tuple[str, Any]
+"""Where a content is: ("arrived", digest in hex), ("object", name) or ("base", (path, name))."""
+Step = tuple[Any, ...]
+"""What to make, first its kind, then its Spot; the methods of `Placer` say the rest."""
+Answer = tuple[int, list[tuple[bytes, str]], bool]
+"""How many links to objects were made, (path, why not) of what could not be made, and whether the
+job is done."""
+
+_New = tuple[int, Spot, str, str]
+"""What is to be an object: its descriptor, spot, name in `arrived`, path below `objects`."""
+
+DIR, SYMLINK, NODE, EMPTY, LINK, NEW, OWN, NAME, RELINK, FINISH = range(10)
+
+_OBJECTS_A_WINDOW: Final = 120
+_PROC_FDS: Final = "/proc/self/fd"
+_NEW_FILE: Final = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_ACLS: Final = ("system.posix_acl_access", "system.posix_acl_default")
+_NO_ROOM: Final = frozenset((errno.ENOSPC, errno.EDQUOT))
+_GONE: Final = "its object left the pool meanwhile; run the command again"
+
+
+class Placer:
+    """Makes entries; a holder of windows for `guarded_worker`."""
+
+    def __init__(self, pool: Pool, windows: Windows, area: Area, base_fd: int) -> None:
+        os.umask(0)
+        self._pool = pool
+        self._windows = windows
+        self._area = area
+        self._base_fd = base_fd
+        self._proc_fd = os.open(_PROC_FDS, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._folder: tuple[bytes, int] = (b"", -1)
+        self._links: list[tuple[Spot, str]] = []
+        self._news: list[_New] = []
+        self._errors: list[tuple[bytes, str]] = []
+        self._linked = 0
+        self._windows_opened = False
+        self._make: dict[int, Callable[..., None]] = {
+            DIR: self._make_folder,
+            SYMLINK: self._make_symlink,
+            NODE: self._make_node,
+            EMPTY: self._make_empty,
+            LINK: self._note_link,
+            NEW: self._note_new,
+            OWN: self._make_own,
+            NAME: self._make_name,
+            RELINK: self._relink,
+            FINISH: self._finish_folder,
+        }
+
+    def serve(self, job: list[Step]) -> Iterator[Answer]:
+        """Carry the steps out, in their order. Our parent holds the pool."""
+        if any(step[0] == NEW for step in job):
+            syscalls.syncfs(self._area.fd)
+        for kind, spot, *what in job:
+            try:
+                self._make[kind](spot, *what)
+            except OSError as error:
+                self._note(spot, error)
+            if self._windows_opened:  # the parent takes notice of leases with each answer
+                yield self._answer(is_done=False)
+        for _ in self._flush_each():
+            yield self._answer(is_done=False)
+        self._close_folder()
+        yield self._answer(is_done=True)
+
+    def _answer(self, *, is_done: bool) -> Answer:
+        answer = self._linked, self._errors, is_done
+        self._linked, self._errors, self._windows_opened = 0, [], False
+        return answer
+
+    def _note(self, spot: Spot, error: OSError) -> None:
+        if error.errno in _NO_ROOM:
+            raise NoSpace(
+                f"{self._area.path}: no room for {os.fsdecode(spot[1])}/{os.fsdecode(spot[2])}: "
+                f"{error.strerror}",
+                hint="free some space and run the command again: what arrived is kept",
+            ) from error
+        reason = error.strerror or f"{error}"
+        if error.errno == errno.EEXIST:
+            reason = "the manifest has it twice"
+        self._errors.append((join(spot[1], spot[2]), f"cannot be made: {reason}"))
+
+    def _open_folder(self, path: bytes) -> int:
+        if self._folder[1] < 0 or self._folder[0] != path:
+            self._close_folder()
+            self._folder = (path, open_below(self._area.tree_fd, path))
+        return self._folder[1]
+
+    def _close_folder(self) -> None:
+        if self._folder[1] >= 0:
+            os.close(self._folder[1])
+        self._folder = (b"", -1)
+
+    # --- folders
+
+    def _make_folder(self, spot: Spot) -> None:
+        path = spot[1]
+        if path:
+            above, _, name = path.rpartition(b"/")
+            os.mkdir(name, 0o700, dir_fd=self._open_folder(above))
+        fd = self._open_folder(path)
+        for acl in _ACLS:  # a default ACL above would reach all that is made in here
+            with suppress(OSError):
+                os.removexattr(fd, acl)
+
+    def _finish_folder(self, spot: Spot, meta: Meta) -> None:
+        _dress(self._open_folder(spot[1]), meta)
+
+    # --- entries without content
+
+    def _make_symlink(self, spot: Spot, text: bytes, meta: Meta, is_group: bool) -> None:
+        os.symlink(text, spot[2], dir_fd=self._open_folder(spot[1]))
+        self._dress_place(spot, meta)
+        self._begin_group(spot, is_group)
+
+    def _make_node(self, spot: Spot, rdev: int, meta: Meta, is_group: bool) -> None:
+        kind = stat.S_IFMT(meta[0]) | 0o600
+        os.mknod(spot[2], kind, rdev, dir_fd=self._open_folder(spot[1]))
+        self._dress_place(spot, meta)
+        self._begin_group(spot, is_group)
+
+    def _dress_place(self, spot: Spot, meta: Meta) -> None:
+        """Owner, mode, xattrs and times of what cannot be opened; we have just made it."""
+        mode, uid, gid, mtime_ns, xattrs = meta
+        place = b"%s/%d/%s" % (_PROC_FDS.encode(), self._open_folder(spot[1]), spot[2])
+        os.chown(place, uid, gid, follow_symlinks=False)
+        if not stat.S_ISLNK(mode):
+            os.chmod(place, stat.S_IMODE(mode))  # noqa: PTH101 - by descriptor
+        for key, value in xattrs:
+            os.setxattr(place, key, value, follow_symlinks=False)
+        os.utime(place, ns=(mtime_ns, mtime_ns), follow_symlinks=False)
+
+    def _make_empty(self, spot: Spot, meta: Meta, is_group: bool) -> None:
+        fd = os.open(spot[2], _NEW_FILE, 0o600, dir_fd=self._open_folder(spot[1]))
+        try:
+            _dress(fd, meta)
+        finally:
+            os.close(fd)
+        self._begin_group(spot, is_group)
+
+    # --- files of the guest's own
+
+    def _make_own(self, spot: Spot, origin: Origin, meta: Meta, is_group: bool) -> None:
+        kind, where = origin
+        if kind == "object" and self._news:
+            self._flush()
+        if kind == "arrived" and self._link_arrived(spot, where, meta):
+            self._begin_group(spot, is_group)
+            return
+        source_fd = self._open_origin(origin)
+        try:
+            self._copy(source_fd, self._open_folder(spot[1]), spot[2], meta)
+        finally:
+            os.close(source_fd)
+        self._begin_group(spot, is_group)
+
+    def _link_arrived(self, spot: Spot, name: str, meta: Meta) -> bool:
+        """Make what has arrived the guest's file; False where it is one already."""
+        flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
+        try:
+            fd = os.open(name, flags, dir_fd=self._area.arrived_fd)
+        except FileNotFoundError:
+            return False
+        try:
+            if os.fstat(fd).st_nlink > 1:
+                return False
+            folder_fd = self._open_folder(spot[1])
+            os.link(
+                name,
+                spot[2],
+                src_dir_fd=self._area.arrived_fd,
+                dst_dir_fd=folder_fd,
+                follow_symlinks=False,
+            )
+            _dress(fd, meta)
+        finally:
+            os.close(fd)
+        return True
+
+    def _copy(self, source_fd: int, folder_fd: int, name: bytes | str, meta: Meta) -> None:
+        fd = os.open(name, _NEW_FILE, 0o600, dir_fd=folder_fd)
+        try:
+            extents.copy_data(source_fd, fd, size=os.fstat(source_fd).st_size)
+            _dress(fd, meta)
+        except OSError:
+            os.unlink(name, dir_fd=folder_fd)
+            raise
+        finally:
+            os.close(fd)
+
+    def _open_origin(self, origin: Origin) -> int:
+        kind, where = origin
+        if kind == "arrived":
+            with suppress(FileNotFoundError):
+                return os.open(where, inode.OPEN_TO_READ, dir_fd=self._area.arrived_fd)
+            raise OSError(errno.ENOENT, "its content is not here any more")
+        if kind == "object":
+            try:
+                return self._pool.open_object(f"{where[:2]}/{where}")
+            except FileNotFoundError as error:
+                raise OSError(errno.ESTALE, _GONE) from error
+        return self._open_base(*where)
+
+    def _open_base(self, path: bytes, name: bytes) -> int:
+        folder_fd = open_below(self._base_fd, path)
+        try:
+            return os.open(name, inode.OPEN_TO_READ, dir_fd=folder_fd)
+        finally:
+            os.close(folder_fd)
+
+    def _relink(self, spot: Spot, ino: int) -> None:
+        """A file that is equal in all to the target's version becomes another name of that."""
+        _, path, name = spot
+        base_fd = open_below(self._base_fd, path)
+        try:
+            if os.stat(name, dir_fd=base_fd, follow_symlinks=False).st_ino != ino:
+                raise OSError(errno.ESTALE, "the target has changed meanwhile")
+            os.link(
+                name,
+                name,
+                src_dir_fd=base_fd,
+                dst_dir_fd=self._open_folder(path),
+                follow_symlinks=False,
+            )
+        finally:
+            os.close(base_fd)
+
+    # --- several names of one inode
+
+    def _begin_group(self, spot: Spot, is_group: bool) -> None:
+        if is_group:
+            os.link(
+                spot[2],
+                f"group-{spot[0]}",
+                src_dir_fd=self._open_folder(spot[1]),
+                dst_dir_fd=self._area.arrived_fd,
+                follow_symlinks=False,
+            )
+
+    def _make_name(self, spot: Spot, first: int, mode: int) -> None:
+        folder_fd = self._open_folder(spot[1])
+        group = f"group-{first}"
+        fd = self._area.arrived_fd
+        try:
+            found = os.stat(group, dir_fd=fd, follow_symlinks=False)
+        except FileNotFoundError as error:
+            raise OSError(errno.ENOENT, "its first name is missing") from error
+        if stat.S_IFMT(found.st_mode) != stat.S_IFMT(mode):
+            raise OSError(errno.EINVAL, "its first name is of another kind")
+        os.link(group, spot[2], src_dir_fd=fd, dst_dir_fd=folder_fd, follow_symlinks=False)
+
+    # --- objects
+
+    def _note_link(self, spot: Spot, name: str) -> None:
+        self._links.append((spot, name))
+        if len(self._links) >= _OBJECTS_A_WINDOW:
+            self._flush()
+
+    def _note_new(self, spot: Spot, origin: Origin, name: str, meta: Meta) -> None:
+        """Make the content an object of that name: it must be just what the name says then."""
+        if origin[0] == "object" and self._news:
+            self._flush()
+        spare = f"object-{spot[0]}"
+        folder_fd = self._area.arrived_fd
+        if origin[0] == "arrived" and self._is_spare(origin[1]):
+            spare = origin[1]
+            fd = os.open(spare, inode.OPEN_TO_READ, dir_fd=folder_fd)
+        else:
+            source_fd = self._open_origin(origin)
+            try:
+                self._copy(source_fd, folder_fd, spare, meta)
+            finally:
+                os.close(source_fd)
+            fd = os.open(spare, inode.OPEN_TO_READ, dir_fd=folder_fd)
+            os.fdatasync(fd)
+        try:
+            _dress(fd, meta)
+        except OSError:
+            os.close(fd)
+            raise
+        self._news.append((fd, spot, spare, f"{name[:2]}/{name}"))
+        if len(self._news) >= _OBJECTS_A_WINDOW:
+            self._flush()
+
+    def _is_spare(self, name: str) -> bool:
+        """Whether what has arrived is not a file of the guest's own already."""
+        with suppress(FileNotFoundError):
+            found = os.stat(name, dir_fd=self._area.arrived_fd, follow_symlinks=False)
+            return found.st_nlink == 1
+        return False
+
+    def _flush(self) -> None:
+        for _ in self._flush_each():
+            pass
+
+    def _flush_each(self) -> Iterator[None]:
+        """Make all that is noted; yields after each batch of windows."""
+        news, self._news = self._news, []
+        links, self._links = self._links, []
+        if news:
+            links = self._enter_pool(news) + links
+            yield
+        for start in range(0, len(links), _OBJECTS_A_WINDOW):
+            self._link_all(links[start : start + _OBJECTS_A_WINDOW])
+            yield
+        self._windows_opened = True
+
+    def _enter_pool(self, news: Sequence[_New]) -> list[tuple[Spot, str]]:
+        """Give the files their names in the pool, a first link, and the immutable flag.
+
+        Returns those whose name another program was quicker to take: links are made to that.
+        """
+        taken = []
+        with self._windows.guard([fd for fd, *_ in news]) as refused:
+            for fd, spot, spare, path in news:
+                try:
+                    if fd in refused:
+                        raise OSError(errno.EBUSY, "somebody has it open for writing")
+                    if not self._enter_one(fd, spot, spare, path):
+                        taken.append((spot, path[3:]))
+                except OSError as error:
+                    self._note(spot, error)
+        return taken
+
+    def _enter_one(self, fd: int, spot: Spot, spare: str, path: str) -> bool:
+        _check_metadata(fd, path[3:])
+        try:
+            syscalls.renameat2(
+                self._area.arrived_fd,
+                os.fsencode(spare),
+                self._pool.objects_fd,
+                os.fsencode(path),
+                flags=syscalls.RENAME_NOREPLACE,
+            )
+        except FileExistsError:
+            os.unlink(spare, dir_fd=self._area.arrived_fd)
+            return False
+        try:
+            self._link_one(spot, path)
+        finally:
+            self._windows.freeze(fd)
+        return True
+
+    def _link_all(self, links: Sequence[tuple[Spot, str]]) -> None:
+        """Make links to objects in one window for each of them."""
+        spots: dict[str, list[Spot]] = {}
+        for spot, name in links:
+            spots.setdefault(f"{name[:2]}/{name}", []).append(spot)
+        opened = {}
+        for path, wanting in spots.items():
+            try:
+                opened[path] = self._pool.open_object(path)
+            except FileNotFoundError:
+                self._errors += [(join(spot[1], spot[2]), _GONE) for spot in wanting]
+        with self._windows.guard(list(opened.values())) as refused:
+            for path, fd in opened.items():
+                for spot in spots[path]:
+                    try:
+                        self._link_object(spot, path, fd, is_refused=fd in refused)
+                    except OSError as error:
+                        self._note(spot, error)
+
+    def _link_object(self, spot: Spot, path: str, fd: int, *, is_refused: bool) -> None:
+        """A link; a private copy where the object is busy or takes no more links."""
+        if not is_refused and inode.is_immutable(fd):
+            try:
+                with self._windows.thawed(fd):
+                    self._link_one(spot, path)
+                return
+            except OSError as error:
+                if error.errno not in (errno.EMLINK, errno.EXDEV):
+                    raise
+        status = os.fstat(fd)
+        xattrs = sorted(inode.load_xattrs(fd).items())
+        meta = (status.st_mode, status.st_uid, status.st_gid, status.st_mtime_ns, xattrs)
+        self._copy(fd, self._open_folder(spot[1]), spot[2], meta)
+
+    def _link_one(self, spot: Spot, path: str) -> None:
+        os.link(
+            path,
+            spot[2],
+            src_dir_fd=self._pool.objects_fd,
+            dst_dir_fd=self._open_folder(spot[1]),
+            follow_symlinks=False,
+        )
+        self._linked += 1
+
+
+def _dress(fd: int, meta: Meta) -> None:
+    """Give the inode behind `fd` all that the row says, in the order that keeps it."""
+    mode, uid, gid, mtime_ns, xattrs = meta
+    status = os.fstat(fd)
+    if (status.st_uid, status.st_gid) != (uid, gid):
+        os.fchown(fd, uid, gid)  # drops setuid bits and file capabilities, so first
+    os.fchmod(fd, stat.S_IMODE(mode))
+    inode.store_xattrs(fd, dict(xattrs))
+    if xattrs and stat.S_IMODE(os.fstat(fd).st_mode) != stat.S_IMODE(mode):  # an ACL's mask
+        os.fchmod(fd, stat.S_IMODE(mode))
+    os.utime(fd, ns=(mtime_ns, mtime_ns))
+
+
+def _check_metadata(fd: int, name: str) -> None:
+    """What is to be an object has all that its name says. Its content was read when it arrived."""
+    identity, _ = parse_object(name)
+    status = os.fstat(fd)
+    found = (status.st_size, status.st_mode, status.st_uid, status.st_gid, status.st_mtime_ns)
+    wanted = (identity.size, identity.mode, identity.uid, identity.gid, identity.mtime_ns)
+    if found != wanted or digest_xattrs(fd) != identity.xattrs:
+        raise OSError(errno.EINVAL, "the file system does not keep its metadata")

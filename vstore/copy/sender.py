@@ -1,0 +1,418 @@
+"""The side that sends a guest: its manifest, and the contents that the other side asks for.
+
+It serves rows of its own manifest and nothing else, each once, so that a hostile receiver sees of
+this machine what it is sent anyway. Memory is bounded: so many batches may be announced and not yet
+served, and blocks of large files are compared one stretch at a time.
+"""
+
+import errno
+import logging
+import os
+import tempfile
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from typing import Final
+
+import msgspec
+from blake3 import blake3
+
+from vstore import extents, inode
+from vstore.copy import blocks
+from vstore.copy.listing import Key, Listed, Listing
+from vstore.copy.manifest import Row
+from vstore.copy.messages import (
+    BATCHES_AHEAD,
+    Base,
+    Batch,
+    Contents,
+    Dialogue,
+    End,
+    Gone,
+    Hostile,
+    Piece,
+    Proofs,
+    Result,
+    Same,
+    Served,
+    Sum,
+    Want,
+    list_bits,
+    set_bits,
+)
+from vstore.copy.proof import prove
+from vstore.digest import digest_content
+from vstore.folders import join
+from vstore.progress import Progress
+from vstore.scan import open_below
+
+log = logging.getLogger(__name__)
+
+_PACKED: Final = 1 << 20  # bytes of small files in one message, and of a piece of a large one
+_FILES_PACKED: Final = 1000
+_BASES_AT_MOST: Final = 64 << 20  # bytes of blocks' digests from the other side
+_TRIES: Final = 3
+_PAUSE_S: Final = 0.2
+_TORN_AT_MOST: Final = 200
+_NAMED_AT_MOST: Final = 1000
+_SHOWN: Final = 4000  # bytes of a path
+_CHANGED: Final = "changed while it was read"
+
+
+class _Changed(Exception):
+    """The file is not what the manifest says any more."""
+
+
+class Sender:
+    """Sends the tree that `listing` lists."""
+
+    def __init__(
+        self,
+        dialogue: Dialogue,
+        root_fd: int,
+        listing: Listing,
+        rewritten: Mapping[bytes, bytes],
+        progress: Progress,
+    ) -> None:
+        self._dialogue = dialogue
+        self._root_fd = root_fd
+        self._listing = listing
+        self._rewritten = rewritten
+        self._progress = progress
+        self._unserved: deque[Listed] = deque()
+        self._bases: dict[int, tuple[Base, bytearray]] = {}
+        self._base_bytes = 0
+        self._changed: list[bytes] = []
+        self._torn: list[tuple[bytes, str]] = []
+        self._copies: dict[bytes, int] = {}  # path -> descriptor of a copy that stays as it is
+        self._small: list[tuple[int, bytes]] = []
+        self._small_bytes = 0
+        self._folder: tuple[bytes, int] = (b"", -1)
+        self.files_sent = 0
+
+    def send(self, *, is_refresh: bool) -> Result:
+        """Send everything; returns what the receiver made of it.
+
+        Raises ConnectionLost, Hostile, and what the receiver raised.
+        """
+        try:
+            with _Spool() as spool:
+                batches = self._listing.batches()
+                if not is_refresh:
+                    self._send_all(batches)
+                elif not self._is_same(batches, spool):
+                    self._send_all(spool.take())
+            return self._dialogue.expect(Result)
+        finally:
+            self._close_folder()
+            for fd in self._copies.values():
+                os.close(fd)
+
+    def _send_all(self, batches: Iterator[Listed]) -> None:
+        for batch in batches:
+            self._announce(batch)
+            self._serve_what_is_asked(BATCHES_AHEAD)
+        self._serve_what_is_asked(0)
+        self._send_again()
+        self._end()
+
+    def _is_same(self, batches: Iterator[Listed], spool: "_Spool") -> bool:
+        """Whether the other side has just this tree already. The batches go to the spool."""
+        for batch in batches:
+            spool.put(batch)
+        found = self._listing.found
+        self._dialogue.send(Sum(self._listing.digest.digest(), found.rows, found.size))
+        return self._dialogue.expect(Same).same
+
+    def _announce(self, batch: Listed) -> None:
+        self._dialogue.send(
+            Batch(
+                batch.number,
+                batch.first,
+                msgspec.Raw(batch.packed),
+                set_bits(batch.shared, batch.count),
+                set_bits(batch.groups, batch.count),
+            )
+        )
+        self._unserved.append(batch)
+
+    # --- serving
+
+    def _serve_what_is_asked(self, most: int) -> None:
+        """Serve what has been asked for; wait where more than `most` batches are unserved."""
+        while self._unserved:
+            is_full = len(self._unserved) > most
+            message = self._dialogue.receive() if is_full else self._dialogue.poll()
+            if message is None:
+                return
+            if isinstance(message, Base):
+                self._take_base(message)
+            elif isinstance(message, Want):
+                self._serve(self._unserved.popleft(), message)
+            else:
+                raise Hostile(f"{type(message).__name__} while contents are sent")
+
+    def _take_base(self, message: Base) -> None:
+        self._base_bytes += len(message.digests)
+        if self._base_bytes > _BASES_AT_MOST:
+            raise Hostile("more digests of blocks than can be")
+        base, digests = self._bases.setdefault(message.row, (message, bytearray()))
+        if (base.block, base.size) != (message.block, message.size):
+            raise Hostile("digests of blocks that do not belong together")
+        digests += message.digests
+
+    def _serve(self, batch: Listed, want: Want) -> None:
+        if want.batch != batch.number:
+            raise Hostile(f"a choice from batch {want.batch} where {batch.number} is next")
+        wanted = frozenset(list_bits(want.wanted, batch.count))
+        proven = frozenset(list_bits(want.proven, batch.count))
+        proofs = []
+        size = 0
+        for place, (path, row) in enumerate(batch.rows()):
+            if place in proven:
+                proofs.append(self._prove(path, row, want.nonce))
+            if place in wanted:
+                if not row.is_file:
+                    raise Hostile("a wish for the content of what is no file")
+                self._send_row(batch.first + place, path, row, batch.keys[place])
+            size += row.size
+        self._send_small()
+        if proofs:
+            self._dialogue.send(Proofs(batch.number, proofs))
+        self._dialogue.send(Served(batch.number))
+        self._progress.advance(size)
+
+    def _send_row(self, number: int, path: bytes, row: Row, key: Key | None) -> None:
+        full = join(path, row.name)
+        base, digests = self._bases.pop(number, (None, bytearray()))
+        self._base_bytes -= len(digests)
+        try:
+            if full in self._rewritten:
+                self._put_small(number, self._rewritten[full])
+            elif full in self._copies:
+                self._send_file(number, self._copies[full], row.size)
+            else:
+                self._send_unchanged(number, path, row, key, base, bytes(digests))
+            self.files_sent += 1
+        except _Changed:
+            self._changed.append(full)
+            self._drop(number, _CHANGED, is_error=False)
+        except OSError as error:
+            is_error = error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
+            self._drop(number, f"cannot be read: {error.strerror}", is_error=is_error)
+
+    def _drop(self, number: int, reason: str, *, is_error: bool) -> None:
+        self._send_small()
+        self._dialogue.send(Gone(number, reason, is_error))
+
+    def _send_unchanged(
+        self,
+        number: int,
+        path: bytes,
+        row: Row,
+        key: Key | None,
+        base: Base | None,
+        digests: bytes,
+    ) -> None:
+        fd = self._open(path, row.name)
+        try:
+            if not _is_as_listed(fd, row, key):
+                raise _Changed
+            status = os.fstat(fd)
+            if status.st_size <= _PACKED // 2 and status.st_blocks * 512 >= status.st_size:
+                content = os.pread(fd, row.size, 0)
+                if len(content) != row.size or not _is_as_listed(fd, row, key):
+                    raise _Changed
+                self._put_small(number, content)
+                return
+            if base is not None:
+                self._send_blocks(number, fd, row, base, digests)
+            else:
+                self._send_pieces(number, fd, row.size)
+            if not _is_as_listed(fd, row, key):
+                raise _Changed
+            self._dialogue.send(Piece(number, row.size, b"", last=True))
+        finally:
+            os.close(fd)
+
+    def _send_file(self, number: int, fd: int, size: int) -> None:
+        self._send_pieces(number, fd, size)
+        self._dialogue.send(Piece(number, size, b"", last=True))
+
+    def _send_pieces(self, number: int, fd: int, size: int) -> None:
+        self._send_small()
+        for start, end in extents.data_ranges(fd, size):
+            for at in range(start, end, _PACKED):
+                data = os.pread(fd, min(_PACKED, end - at), at)
+                self._dialogue.send(Piece(number, at, data))
+
+    def _send_blocks(self, number: int, fd: int, row: Row, base: Base, digests: bytes) -> None:
+        if len(digests) != blocks.count_blocks(base.size, base.block) * blocks.DIGEST_BYTES:
+            raise Hostile("digests of blocks that are not all there")
+        self._send_small()
+        own = self._listing.known_blocks(fd)
+        if own and base.block == blocks.choose_block(row.size):
+            found = blocks.differing_known(fd, row.size, base.block, own, digests, base.size)
+        else:
+            found = blocks.differing(fd, row.size, base.block, digests, base.size)
+        for at, data in found:
+            for start in range(0, len(data), _PACKED):
+                self._dialogue.send(Piece(number, at + start, data[start : start + _PACKED]))
+
+    def _put_small(self, number: int, content: bytes) -> None:
+        self._small.append((number, content))
+        self._small_bytes += len(content)
+        if self._small_bytes >= _PACKED or len(self._small) >= _FILES_PACKED:
+            self._send_small()
+
+    def _send_small(self) -> None:
+        if self._small:
+            self._dialogue.send(Contents(self._small))
+            self._small, self._small_bytes = [], 0
+
+    def _prove(self, path: bytes, row: Row, nonce: bytes) -> bytes:
+        """BLAKE3, keyed with the nonce, over the content: only who has it can tell."""
+        if not row.is_file or len(nonce) != 32:
+            raise Hostile("a wish for a proof that cannot be")
+        if join(path, row.name) in self._rewritten:
+            return blake3(self._rewritten[join(path, row.name)], key=nonce).digest()
+        try:
+            fd = self._open(path, row.name)
+        except OSError:
+            return bytes(32)
+        try:
+            return prove(fd, nonce)
+        finally:
+            os.close(fd)
+
+    def _open(self, path: bytes, name: bytes) -> int:
+        """A file of the guest; the folder stays open for the next one."""
+        if self._folder[1] < 0 or self._folder[0] != path:
+            self._close_folder()
+            self._folder = (path, open_below(self._root_fd, path))
+        return os.open(name, inode.OPEN_TO_READ, dir_fd=self._folder[1])
+
+    def _close_folder(self) -> None:
+        if self._folder[1] >= 0:
+            os.close(self._folder[1])
+        self._folder = (b"", -1)
+
+    # --- what changed meanwhile
+
+    def _send_again(self) -> None:
+        """List and send what changed once more; what goes on changing as one read saw it."""
+        for attempt in range(_TRIES):
+            paths, self._changed = self._changed, []
+            if not paths:
+                return
+            self._close_folder()
+            time.sleep(_PAUSE_S * attempt)
+            for path in paths:
+                for batch in self._listing.again(path):
+                    self._announce(batch)
+                    self._serve_what_is_asked(0)
+        for path in self._changed:
+            self._send_torn(path)
+
+    def _send_torn(self, path: bytes) -> None:
+        folder, _, name = path.rpartition(b"/")
+        if len(self._copies) >= _TORN_AT_MOST:
+            self._listing.found.errors.append((path, _CHANGED))
+            return
+        with suppress(FileNotFoundError):
+            source_fd = self._open(folder, name)
+            try:
+                status = os.fstat(source_fd)
+                fd = _copy_now(source_fd, status.st_size, self._root_fd)
+                self._copies[path] = fd
+                row = Row(
+                    name,
+                    status.st_mode,
+                    status.st_uid,
+                    status.st_gid,
+                    status.st_mtime_ns,
+                    status.st_size,
+                    digest_content(fd, os.fstat(fd)),
+                    sorted(inode.load_xattrs(source_fd).items()),
+                )
+            finally:
+                os.close(source_fd)
+            self._torn.append((path[:_SHOWN], _CHANGED))
+            self._announce(self._listing.add_row(folder, row))
+            self._serve_what_is_asked(0)
+
+    def _end(self) -> None:
+        found = self._listing.found
+        self._dialogue.send(
+            End(
+                self._listing.next_batch,
+                found.rows,
+                self._listing.digest.digest(),
+                self._torn,
+                [(path[:_SHOWN], reason) for path, reason in found.errors[:_NAMED_AT_MOST]],
+                len(found.errors),
+            )
+        )
+
+
+def _is_as_listed(fd: int, row: Row, key: Key | None) -> bool:
+    status = os.fstat(fd)
+    if key is None:  # an object: no link of it changes what its name says
+        return (status.st_size, status.st_mode, status.st_mtime_ns) == (
+            row.size,
+            row.mode,
+            row.mtime_ns,
+        )
+    return (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns) == key
+
+
+def _copy_now(fd: int, size: int, root_fd: int) -> int:
+    """A nameless copy, on the guest's file system, of a file that goes on changing."""
+    copy_fd = os.open(".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=root_fd)
+    try:
+        os.ftruncate(copy_fd, size)
+        at = 0
+        while at < size and (data := os.pread(fd, min(_PACKED, size - at), at)):
+            os.pwrite(copy_fd, data, at)
+            at += len(data)
+    except OSError:
+        os.close(copy_fd)
+        raise
+    return copy_fd
+
+
+class _Spool:
+    """Batches on disk, in their order."""
+
+    def __init__(self) -> None:
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115
+        self._lengths: list[int] = []
+
+    def __enter__(self) -> "_Spool":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def put(self, batch: Listed) -> None:
+        plain = (
+            batch.number,
+            batch.first,
+            batch.shared,
+            batch.groups,
+            batch.keys,
+            msgspec.Raw(batch.packed),
+        )
+        packed = msgspec.msgpack.encode(plain)
+        self._file.write(packed)
+        self._lengths.append(len(packed))
+
+    def take(self) -> Iterator[Listed]:
+        self._file.seek(0)
+        for length in self._lengths:
+            packed = self._file.read(length)
+            kind = tuple[int, int, list[int], list[int], list[Key | None], msgspec.Raw]
+            number, first, shared, groups, keys, raw = msgspec.msgpack.decode(packed, type=kind)
+            parts = msgspec.msgpack.decode(raw, type=list[tuple[bytes, list[Row]]])
+            yield Listed(number, first, parts, shared, groups, keys, bytes(raw))

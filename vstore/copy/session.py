@@ -1,0 +1,427 @@
+"""A program on another machine, over ssh: its stdin and stdout as one socket here.
+
+paramiko and the encryption run in a process of their own, so that both cores have something to do
+and nothing of it stands in the way of the copy. One exec channel, with a window that a long way
+does not exhaust; never SFTP.
+"""
+
+import contextlib
+import getpass
+import json
+import logging
+import os
+import socket
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, NoReturn
+
+import paramiko
+
+from vstore.copy import hostkeys, sshconfig
+from vstore.copy.wire import ConnectionLost
+from vstore.errors import NotPermitted, ToolError
+
+log = logging.getLogger(__name__)
+
+_WINDOW: Final = 1 << 30
+_PACKET: Final = 1 << 18
+_TIMEOUT_S: Final = 20.0
+_STEP: Final = 1 << 18
+_SAID_AT_MOST: Final = 1 << 14
+_REKEY_BYTES: Final = 1 << 38  # far below what AES-GCM allows a key; each rekeying is a pause
+_REKEY_PACKETS: Final = 1 << 30
+_ALIVE_S: Final = 15
+_HOPS: Final = 8
+_NOT_FOUND: Final = 127
+_GCM: Final = ("aes128-gcm@openssh.com", "aes256-gcm@openssh.com")
+_IDENTITIES: Final = ("id_ed25519", "id_ecdsa", "id_rsa")
+_KEY_KINDS: Final[tuple[type[paramiko.PKey], ...]] = (
+    paramiko.Ed25519Key,
+    paramiko.ECDSAKey,
+    paramiko.RSAKey,
+)
+
+
+class ProgramMissing(ToolError):
+    """The other machine has no vserver-copy; `lines` put it there."""
+
+    def __init__(self, host: str, command: str, said: str) -> None:
+        super().__init__(
+            f"{host}: cannot run {command.split()[0]!r} there: {said or 'not found'}",
+            hint="install it there, or name it with --remote-command",
+        )
+        self.lines = (
+            f"tar -c --exclude=.venv . | ssh {host} 'mkdir -p /opt/vserver-tools && "
+            "tar -x -C /opt/vserver-tools'",
+            f"ssh {host} 'make -C /opt/vserver-tools install-deps && "
+            "ln -sf /opt/vserver-tools/.venv/bin/vserver-copy /usr/local/bin/'",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """How to reach a machine. `host` as the person gave it: a name of ssh_config, or of a host."""
+
+    host: str
+    user: str = ""
+    port: int = 0
+    identities: Sequence[Path] = ()
+    config: Path | None = None
+    known_hosts: Path | None = None
+    accept_new: bool = False
+    may_ask: bool = True  # for passwords, on the terminal
+
+    @property
+    def shown(self) -> str:
+        return f"{self.user}@{self.host}" if self.user else self.host
+
+
+@dataclass(slots=True)
+class Session:
+    """A program that runs on the other machine; `end` is its end of the socket here."""
+
+    end: socket.socket
+    pid: int
+    host: str
+    command: str
+    _status: Any = field(default=None)
+
+    def close(self) -> None:
+        """End the connection and wait for its process."""
+        with contextlib.suppress(OSError):
+            self.end.shutdown(socket.SHUT_RDWR)
+        self.end.close()
+        if self.pid > 0:
+            os.waitpid(self.pid, 0)
+            self.pid = 0
+
+    def explain(self, error: ConnectionLost) -> ToolError:
+        """What the end of the other side's program says of a connection that was lost."""
+        line = self._status.readline() if self._status is not None else ""
+        told = json.loads(line) if line else {}
+        code, said = int(told.get("exit", -1)), str(told.get("said", "")).strip()
+        if code == _NOT_FOUND:
+            return ProgramMissing(self.host, self.command, said.splitlines()[-1] if said else "")
+        if "reason" in told:
+            return ConnectionLost(f"{self.host}: {told['reason']}", hint=error.hint)
+        if said:
+            return ConnectionLost(f"{error.message}; it said: {said[-500:]}", hint=error.hint)
+        return error
+
+
+def connect(access: Access, command: str) -> Session:
+    """Run `command` on the other machine.
+
+    Raises NotPermitted for a host key or a login that is refused, ConnectionLost where the machine
+    does not answer, ConfigInvalid.
+    """
+    ours, theirs = socket.socketpair()
+    status_read, status_write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        ours.close()
+        os.close(status_read)
+        _run_in_child(access, command, theirs, status_write)
+    theirs.close()
+    os.close(status_write)
+    status = os.fdopen(status_read, encoding="utf-8", errors="replace")
+    session = Session(ours, pid, access.shown, command, status)
+    line = status.readline()
+    told = json.loads(line) if line else {"kind": "ConnectionLost", "message": "ended"}
+    if "ok" not in told:
+        session.close()
+        kinds: dict[str, type[ToolError]] = {
+            kind.__name__: kind for kind in (*ToolError.__subclasses__(), ConnectionLost)
+        }
+        kind = kinds.get(told["kind"], ToolError)
+        if kind is ProgramMissing:
+            kind = ToolError
+        raise kind(told["message"], hint=told.get("hint"))
+    return session
+
+
+# --- the process that speaks ssh
+
+
+def _run_in_child(access: Access, command: str, end: socket.socket, status_fd: int) -> NoReturn:
+    code = 1
+    try:
+        with os.fdopen(status_fd, "w", encoding="utf-8") as status:
+            try:
+                with contextlib.ExitStack() as stack:
+                    transport = _Connector(access, stack).connect()
+                    _tell(status, ok=True)
+                    _serve(transport, command, end, status)
+                    code = 0
+            except ToolError as error:
+                kind = type(error).__name__
+                _tell(status, kind=kind, message=error.message, hint=error.hint)
+            except (OSError, paramiko.SSHException, EOFError) as error:
+                reason = getattr(error, "strerror", None) or f"{error}" or type(error).__name__
+                message = f"{access.shown}: {reason}"
+                _tell(status, kind="ConnectionLost", message=message, reason=reason)
+    except KeyboardInterrupt:
+        code = 130
+    finally:
+        os._exit(code)
+
+
+def _tell(status: Any, **values: object) -> None:
+    status.write(json.dumps(values) + "\n")
+    status.flush()
+
+
+def _serve(transport: paramiko.Transport, command: str, end: socket.socket, status: Any) -> None:
+    """Carry bytes both ways until the program has ended."""
+    channel = transport.open_session(window_size=_WINDOW, max_packet_size=_PACKET)
+    channel.exec_command(command)
+    said = bytearray()
+    threads = [
+        threading.Thread(target=_carry_out, args=(end, channel), daemon=True),
+        threading.Thread(target=_listen, args=(channel, said), daemon=True),
+    ]
+    for thread in threads:
+        thread.start()
+    while data := channel.recv(_STEP):
+        try:
+            end.sendall(data)
+        except OSError:
+            break
+    with contextlib.suppress(OSError):
+        end.shutdown(socket.SHUT_RDWR)
+    code = channel.recv_exit_status() if channel.status_event.wait(5) else -1
+    threads[1].join(1)
+    if transport.is_active() or code >= 0:
+        _tell(status, exit=code, said=said.decode(errors="replace"))
+    else:
+        _tell(status, reason="the ssh connection was cut")
+
+
+def _carry_out(end: socket.socket, channel: paramiko.Channel) -> None:
+    try:
+        while data := end.recv(_STEP):
+            channel.sendall(data)
+        channel.shutdown_write()
+    except (OSError, EOFError, paramiko.SSHException):
+        with contextlib.suppress(OSError, EOFError, paramiko.SSHException):
+            channel.close()
+
+
+def _listen(channel: paramiko.Channel, said: bytearray) -> None:
+    """Keep what the program writes to stderr, as far as there is room."""
+    while data := channel.recv_stderr(4096):
+        said += data[: max(0, _SAID_AT_MOST - len(said))]
+
+
+class _Connector:
+    """Makes the connection, through other hosts if the configuration says so."""
+
+    def __init__(self, access: Access, stack: contextlib.ExitStack, depth: int = 0) -> None:
+        self._access = access
+        self._stack = stack
+        self._depth = depth
+        text = sshconfig.load_text(access.host, access.config)
+        try:
+            self._config = paramiko.SSHConfig.from_text(text).lookup(access.host)
+        except paramiko.ConfigParseError as error:
+            raise ToolError(f"{access.config or 'ssh_config'}: {error}") from error
+        self._host = str(self._config.get("hostname", access.host))
+        self._port = access.port or int(self._config.get("port", 22))
+        self._user = access.user or str(self._config.get("user", "")) or getpass.getuser()
+
+    def connect(self) -> paramiko.Transport:
+        transport = paramiko.Transport(
+            self._open_socket(), default_window_size=_WINDOW, default_max_packet_size=_PACKET
+        )
+        self._stack.callback(transport.close)
+        transport.packetizer.REKEY_BYTES = _REKEY_BYTES
+        transport.packetizer.REKEY_PACKETS = _REKEY_PACKETS
+        transport.banner_timeout = transport.handshake_timeout = _TIMEOUT_S
+        options = transport.get_security_options()
+        options.ciphers = [
+            *(name for name in _GCM if name in options.ciphers),
+            *(name for name in options.ciphers if name not in _GCM),
+        ]
+        known = hostkeys.load_known(self._name, self._port, self._known_files())
+        kinds = _negotiable(hostkeys.known_kinds(known), options.key_types)
+        options.key_types = [*kinds, *(kind for kind in options.key_types if kind not in kinds)]
+        transport.start_client(timeout=_TIMEOUT_S)
+        self._check_key(transport, known)
+        transport.set_keepalive(_ALIVE_S)
+        self._log_in(transport)
+        return transport
+
+    @property
+    def _name(self) -> str:
+        """By which name known_hosts knows the host."""
+        return str(self._config.get("hostkeyalias", self._host))
+
+    def _open_socket(self) -> Any:
+        jump = str(self._config.get("proxyjump", "none"))
+        command = str(self._config.get("proxycommand", "none"))
+        if jump.lower() != "none":
+            return self._jump(jump.split(","))
+        if command.lower() != "none":
+            return paramiko.ProxyCommand(command)
+        try:
+            found = socket.create_connection((self._host, self._port), timeout=_TIMEOUT_S)
+        except OSError as error:
+            raise ConnectionLost(
+                f"{self._access.shown}: cannot connect to {self._host} port {self._port}: "
+                f"{error.strerror or error}"
+            ) from error
+        found.settimeout(None)
+        return found
+
+    def _jump(self, hops: list[str]) -> Any:
+        """A connection to the host through the last of the hops, which goes through the others."""
+        if self._depth >= _HOPS:
+            raise ToolError(f"{self._access.shown}: more than {_HOPS} ProxyJump hosts in a row")
+        access = parse_hop(hops[-1], self._access)
+        connector = _Connector(access, self._stack, self._depth + 1)
+        if hops[:-1]:
+            connector._config["proxyjump"] = ",".join(hops[:-1])
+        transport = connector.connect()
+        return transport.open_channel(
+            "direct-tcpip",
+            (self._host, self._port),
+            ("127.0.0.1", 0),
+            window_size=_WINDOW,
+            max_packet_size=_PACKET,
+            timeout=_TIMEOUT_S,
+        )
+
+    # --- who answers
+
+    def _known_files(self) -> list[Path]:
+        if self._access.known_hosts is not None:
+            return [self._access.known_hosts]
+        ours = str(self._config.get("userknownhostsfile", "")).split()
+        theirs = str(self._config.get("globalknownhostsfile", "")).split()
+        files = [Path(name).expanduser() for name in ours] or [
+            sshconfig.user_folder() / "known_hosts",
+            sshconfig.user_folder() / "known_hosts2",
+        ]
+        return files + (
+            [Path(name).expanduser() for name in theirs]
+            or [Path("/etc/ssh/ssh_known_hosts"), Path("/etc/ssh/ssh_known_hosts2")]
+        )
+
+    def _check_key(self, transport: paramiko.Transport, known: Sequence[hostkeys.Known]) -> None:
+        key = transport.get_remote_server_key()
+        is_new = hostkeys.check_key(
+            self._name,
+            self._port,
+            key.get_name(),
+            key.asbytes(),
+            known,
+            accept_new=self._access.accept_new,
+        )
+        if is_new:
+            file = self._known_files()[0]
+            hostkeys.note_key(file, self._name, self._port, key.get_name(), key.asbytes())
+
+    # --- who we are
+
+    def _log_in(self, transport: paramiko.Transport) -> None:
+        allowed: list[str] = []
+        with contextlib.suppress(paramiko.SSHException):
+            transport.auth_none(self._user)
+            return
+        tried = 0
+        for key in self._keys():
+            tried += 1
+            try:
+                transport.auth_publickey(self._user, key)
+            except paramiko.BadAuthenticationType as error:
+                allowed = error.allowed_types
+                break
+            except paramiko.SSHException:
+                if not transport.is_active():
+                    break
+            if transport.is_authenticated():
+                return
+        if self._access.may_ask and sys.stdin.isatty() and transport.is_active():
+            with contextlib.suppress(paramiko.SSHException):
+                asked = getpass.getpass(f"{self._user}@{self._host}'s password: ")
+                transport.auth_password(self._user, asked)
+                return
+        which = f"; it takes: {', '.join(allowed)}" if allowed else ""
+        raise NotPermitted(
+            f"{self._access.shown}: refuses the login of {self._user} ({tried} keys tried{which})",
+            hint="see that the key is in authorized_keys there; -i FILE names another",
+        )
+
+    def _keys(self) -> Iterator[paramiko.PKey]:
+        named = [Path(name).expanduser() for name in self._access.identities]
+        named += [Path(name).expanduser() for name in self._config.get("identityfile", ())]
+        only = str(self._config.get("identitiesonly", "no")).lower() == "yes"
+        if not only:
+            yield from _agent_keys()
+        for path in named or [sshconfig.user_folder() / name for name in _IDENTITIES]:
+            key = self._load_key(path)
+            if key is not None:
+                yield key
+
+    def _load_key(self, path: Path) -> paramiko.PKey | None:
+        if not path.exists():
+            if path in self._access.identities:
+                raise ToolError(f"{path}: no such key")
+            return None
+        secret: str | None = None
+        for _ in range(2):
+            for kind in _KEY_KINDS:
+                try:
+                    return kind.from_private_key_file(os.fspath(path), secret)
+                except paramiko.PasswordRequiredException:
+                    break
+                except (paramiko.SSHException, ValueError, OSError):
+                    continue
+            else:
+                log.warning("%s: is no key that can be read", path)
+                return None
+            if not self._access.may_ask or not sys.stdin.isatty():
+                return None
+            secret = getpass.getpass(f"Passphrase of {path}: ")
+        return None
+
+
+def _agent_keys() -> Iterator[paramiko.PKey]:
+    try:
+        yield from paramiko.Agent().get_keys()
+    except (paramiko.SSHException, OSError) as error:
+        log.info("the agent does not answer: %s", error)
+
+
+def _negotiable(kinds: Sequence[str], offered: Sequence[str]) -> list[str]:
+    """The algorithms for keys of these kinds: an RSA key signs with SHA-2."""
+    wanted = []
+    for kind in kinds:
+        names = ("rsa-sha2-512", "rsa-sha2-256") if kind == "ssh-rsa" else (kind,)
+        wanted += [name for name in names if name in offered]
+    return wanted
+
+
+def parse_hop(text: str, access: Access) -> Access:
+    """A host of ProxyJump, `[user@]host[:port]`, reached with the same keys and files."""
+    user, _, place = text.strip().removeprefix("ssh://").rpartition("@")
+    host, port = place, 0
+    if place.startswith("["):
+        host, _, rest = place[1:].partition("]")
+        port = int(rest.removeprefix(":") or 0)
+    elif place.count(":") == 1:
+        host, _, number = place.partition(":")
+        port = int(number)
+    return Access(
+        host,
+        user,
+        port,
+        access.identities,
+        access.config,
+        access.known_hosts,
+        access.accept_new,
+        access.may_ask,
+    )
