@@ -39,6 +39,8 @@ FS_NOCOW_FL: Final = 0x800000
 FS_DAX_FL: Final = 0x2000000
 FS_PROJINHERIT_FL: Final = 0x20000000
 
+_ACLS_OF_XFS: Final = (b"trusted.SGI_ACL_FILE", b"trusted.SGI_ACL_DEFAULT")
+
 CHOSEN_FLAGS: Final = (
     FS_SECRM_FL
     | FS_UNRM_FL
@@ -161,7 +163,9 @@ def load_xattrs(fd: int) -> dict[bytes, bytes]:
     """All extended attributes of the inode behind `fd`: ACLs, file capabilities and labels are
     among them.
 
-    Raises OSError. A file system without extended attributes gives an empty dict.
+    What xfs tells of an ACL a second time is left out: it would be no ACL elsewhere, and goes and
+    comes with the first. Raises OSError. A file system without extended attributes gives an empty
+    dict.
     """
     try:
         names = _xattr.list(fd)
@@ -169,7 +173,12 @@ def load_xattrs(fd: int) -> dict[bytes, bytes]:
         if error.errno == 95:  # EOPNOTSUPP
             return {}
         raise
-    return {os.fsencode(name): _xattr.get(fd, name) for name in names} if names else {}
+    if not names:
+        return {}
+    found = {os.fsencode(name): _xattr.get(fd, name) for name in names}
+    for name in _ACLS_OF_XFS:
+        found.pop(name, None)
+    return found
 
 
 def store_xattrs(fd: int, wanted: Mapping[bytes, bytes]) -> None:

@@ -7,7 +7,7 @@ from typing import Final
 import pytest
 
 from tests.conftest import Tool
-from tests.fixtures.filesystems import Site, is_immutable
+from tests.fixtures.filesystems import Filesystem, Site, is_immutable
 from tests.fixtures.probes import need, on
 from tests.fixtures.runs import find_faults, inodes, list_objects, unify
 from tests.fixtures.trees import (
@@ -20,6 +20,7 @@ from tests.fixtures.trees import (
     differences,
     snapshot,
 )
+from vstore import inode
 
 pytestmark = need("immutable", "lease")
 
@@ -196,3 +197,15 @@ def _change_flag(letter: str, path: os.PathLike[str]) -> None:
     import subprocess
 
     subprocess.run(["chattr", letter, "--", path], check=True)
+
+
+def test_an_acl_is_one_attribute_on_every_file_system(fs: Filesystem) -> None:
+    """Given the attributes of a file somewhere, storing them again and again gives just them."""
+    place = fs.folder / "file"
+    place.write_bytes(b"")
+    with place.open("r+b") as file:
+        fd = file.fileno()
+        for wanted in ({os.fsencode(_ACL): _ALL_OF_IT}, {}, {os.fsencode(_ACL): _ALL_OF_IT}):
+            for _ in range(2):
+                inode.store_xattrs(fd, wanted)
+                assert inode.load_xattrs(fd) == wanted
