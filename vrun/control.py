@@ -18,12 +18,12 @@ the guest prints. Only root can reach the socket, by its folder's mode.
 import os
 import socket
 import struct
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Final
 
 from vrun.errors import ToolError
-from vrun.state import run_folder
+from vrun.state import run_folder, short_path
 from vstore.record import dataclass
 
 _MOST_BYTES: Final = 1 << 16
@@ -120,7 +120,7 @@ def listen(name: str) -> socket.socket:
     """
     (run_folder(name) / _SOCKET).unlink(missing_ok=True)
     made = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
-    with _short_path(name) as path:
+    with short_path(name, _SOCKET) as path:
         made.bind(path)
     made.listen(16)
     return made
@@ -137,7 +137,7 @@ def connect(name: str) -> Connection | None:
     """A connection to the guest's monitor; None where there is none."""
     made = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
-        with _short_path(name) as path:
+        with short_path(name, _SOCKET) as path:
             made.connect(path)
     except OSError:
         made.close()
@@ -177,13 +177,3 @@ def hear(
             case ["end", code, message, hint]:
                 outcome = Outcome(int(code), message, hint or None)
     return outcome
-
-
-@contextmanager
-def _short_path(name: str) -> Iterator[str]:
-    """The socket's path by way of /proc, since sockaddr_un holds only 108 bytes."""
-    fd = os.open(run_folder(name), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        yield f"/proc/self/fd/{fd}/{_SOCKET}"
-    finally:
-        os.close(fd)

@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
+from vrun import cachefile
 from vstore.record import dataclass
 
 _TYPES: Final = Path("/sys/kernel/btf/vmlinux")
@@ -49,7 +50,7 @@ def find_places(wanted: Iterable[str], folder: Path) -> Places:
         if found.keys() == set(names):
             return found
     places = read_places(names)
-    _keep(path, "".join(f"{name} {place}\n" for name, place in places.items()))
+    cachefile.keep(path, "".join(f"{name} {place}\n" for name, place in places.items()).encode())
     return places
 
 
@@ -150,12 +151,3 @@ def _cache_name(wanted: tuple[str, ...]) -> str:
     system = os.uname()
     kernel = zlib.crc32(repr((system.release, system.version, system.machine)).encode())
     return f"places-{kernel:08x}-{zlib.crc32(repr(wanted).encode()):08x}"
-
-
-def _keep(path: Path, text: str) -> None:
-    """Several starts may write at once; each puts a whole file in place. No cache is no failure."""
-    spare = path.with_name(f"{path.name}.{os.getpid()}")
-    with suppress(OSError):
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        spare.write_text(text)
-        spare.replace(path)

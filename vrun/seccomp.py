@@ -12,12 +12,10 @@ import os
 import struct
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
-from vrun import syscalls
-from vrun.errors import NotPermitted
+from vrun import libseccomp, syscalls
 from vstore.record import dataclass
 
 _LOW_WORD: Final = 0xFFFFFFFF
@@ -170,14 +168,7 @@ def cached_program(
     """compile_program(), kept as a file of `folder` (made 0700) that is named by what is closed."""
     words = tuple(capabilities), tuple(ccaps), tuple(umask)
     path = folder / _cache_name(frozenset(word for kind in words for word in kind))
-    try:
-        program = path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        program = b""
-    if not program or len(program) % _INSTRUCTION.size:
-        program = compile_program(*words)
-        _keep(path, program)
-    return program
+    return libseccomp.kept(path, lambda: compile_program(*words))
 
 
 def is_cached(
@@ -204,42 +195,17 @@ def _closed(opened: frozenset[str]) -> tuple[Rule, ...]:
 
 
 # --- what libseccomp does
-_ARCHITECTURES: Final = {"x86_64": ("X86",), "aarch64": ("ARM",)}
-"""By machine, those whose programs it runs too."""
-_BINARY_TREE: Final = 2  # SCMP_FLTATR_CTL_OPTIMIZE
-
-
 def _compile(rules: Iterable[Rule]) -> bytes:
-    import tempfile  # 2 ms that a start with a kept program need not pay
-
-    library = _library()
-    program = library.SyscallFilter(library.ALLOW)
-    program.set_attr(library.Attr.ACT_BADARCH, library.ERRNO(errno.ENOSYS))
-    program.set_attr(library.Attr.CTL_OPTIMIZE, _BINARY_TREE)
-    for name in _ARCHITECTURES.get(os.uname().machine, ()):
-        program.add_arch(getattr(library.Arch, name))
+    library, program = libseccomp.begin()
     for rule in rules:
         conditions = () if rule.argument is None else (_condition(library, rule),)
         for call in rule.calls:
             program.add_rule(library.ERRNO(rule.error), call, *conditions)
-    with tempfile.TemporaryFile() as file:
-        program.export_bpf(file)
-        file.seek(0)
-        return file.read()
+    return libseccomp.export(program)
 
 
 def _condition(library: Any, rule: Rule) -> Any:
     return library.Arg(rule.argument, library.MASKED_EQ, rule.bits, rule.value)
-
-
-def _library() -> Any:
-    try:
-        import pyseccomp  # slow: it looks for the library with ldconfig or gcc
-    except (ImportError, RuntimeError) as error:
-        raise NotPermitted(
-            f"no system call filter can be made: {error}", hint="install libseccomp2 and pyseccomp"
-        ) from error
-    return pyseccomp
 
 
 # --- instructions of our own: linux/filter.h, linux/seccomp.h
@@ -306,15 +272,3 @@ def _cache_name(opened: frozenset[str]) -> str:
     closed = zlib.crc32(repr(_closed(opened)).encode())
     own = zlib.crc32(_prelude(opened))
     return f"{os.uname().machine}-{closed:08x}-{own:08x}"
-
-
-def _keep(path: Path, program: bytes) -> None:
-    """Several starts may write at once; each puts a whole file in place. No cache is no failure."""
-    import tempfile
-
-    with suppress(OSError):
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        spare_fd, spare = tempfile.mkstemp(dir=path.parent)
-        with open(spare_fd, "wb") as file:  # noqa: PTH123 # a descriptor
-            file.write(program)
-        Path(spare).replace(path)

@@ -26,7 +26,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final, Literal, NoReturn
 
-from vrun import syscalls
+from vrun import cachefile, syscalls
 from vstore.guest import rundir
 from vstore.record import dataclass
 
@@ -132,11 +132,7 @@ def _kept_image(kind: Kind) -> bytes:
         return path.read_bytes()
     except OSError:
         made = image(kind, machine)
-    with suppress(OSError):  # no cache is no failure
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        spare = path.with_name(f"{path.name}.{os.getpid()}")
-        spare.write_bytes(made)
-        spare.replace(path)
+    cachefile.keep(path, made)
     return made
 
 

@@ -6,14 +6,13 @@ things are.
     └── protection.json   the supervisor's pid, and the attacks that were met
 """
 
-import os
 import socket
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-from vrun.state import run_folder
+from vrun.state import run_folder, short_path
 from vstore.record import dataclass
 
 NONE: Final = "none"
@@ -95,7 +94,7 @@ def listen(name: str) -> socket.socket:
     """Where a supervisor that has lost its monitor can be asked. Raises OSError."""
     (run_folder(name) / _SOCKET).unlink(missing_ok=True)
     made = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
-    with _short_path(name) as path:
+    with short_path(name, _SOCKET) as path:
         made.bind(path)
     made.listen(1)
     return made
@@ -116,7 +115,7 @@ def inherit(name: str) -> list[int]:
     made.settimeout(_WAIT_S)
     found: list[int] = []
     try:
-        with _short_path(name) as path:
+        with short_path(name, _SOCKET) as path:
             made.connect(path)
         while True:
             data, fds, _, _ = socket.recv_fds(made, 1, _FDS_A_MESSAGE, socket.MSG_CMSG_CLOEXEC)
@@ -128,13 +127,3 @@ def inherit(name: str) -> list[int]:
     finally:
         made.close()
     return found
-
-
-@contextmanager
-def _short_path(name: str) -> Iterator[str]:
-    """The socket's path by way of /proc, since sockaddr_un holds only 108 bytes."""
-    fd = os.open(run_folder(name), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        yield f"/proc/self/fd/{fd}/{_SOCKET}"
-    finally:
-        os.close(fd)

@@ -13,14 +13,12 @@ import os
 import struct
 import zlib
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-from vrun import syscalls
+from vrun import libseccomp, syscalls
 from vrun.cow.kernel import AT_REMOVEDIR
 from vrun.cow.numbers import ARCHITECTURES, TABLES
-from vrun.errors import NotPermitted
 
 _LISTENER: Final = syscalls.SECCOMP_FILTER_FLAG_NEW_LISTENER
 _KILLABLE: Final = syscalls.SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV
@@ -47,9 +45,6 @@ _O_TMPFILE: Final = os.O_TMPFILE & ~os.O_DIRECTORY
 _NEW_FILE: Final = os.O_CREAT | os.O_EXCL
 _EXCEPTIONS: Final = _NEW_FILE | _O_TMPFILE | os.O_PATH
 
-_ARCHITECTURES: Final = {"x86_64": ("X86",), "aarch64": ("ARM",)}
-_BINARY_TREE: Final = 2  # SCMP_FLTATR_CTL_OPTIMIZE
-
 _INSTRUCTION: Final = struct.Struct("=HBBI")  # linux/filter.h
 _LOAD_NUMBER: Final = _INSTRUCTION.pack(0x20, 0, 0, 0)
 _RETURN_ERRNO: Final = 0x00050000
@@ -61,15 +56,7 @@ def cached_program(folder: Path) -> bytes:
 
     Raises NotPermitted without libseccomp.
     """
-    path = folder / _cache_name()
-    try:
-        program = path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        program = b""
-    if not program or len(program) % _INSTRUCTION.size:
-        program = compile_program()
-        _keep(path, program)
-    return program
+    return libseccomp.kept(folder / _cache_name(), compile_program)
 
 
 def is_cached(folder: Path) -> bool:
@@ -125,14 +112,7 @@ def _prelude() -> bytes:
 
 
 def _compile() -> bytes:
-    import tempfile
-
-    library = _library()
-    program = library.SyscallFilter(library.ALLOW)
-    program.set_attr(library.Attr.ACT_BADARCH, library.ERRNO(errno.ENOSYS))
-    program.set_attr(library.Attr.CTL_OPTIMIZE, _BINARY_TREE)
-    for name in _ARCHITECTURES.get(os.uname().machine, ()):
-        program.add_arch(getattr(library.Arch, name))
+    library, program = libseccomp.begin()
     for call, place in _OPENS.items():
         for mask, value in notified_flags():
             flags = library.Arg(place, library.MASKED_EQ, mask, value)
@@ -144,35 +124,10 @@ def _compile() -> bytes:
     for request in _FLAG_CHANGES:
         chosen = library.Arg(1, library.MASKED_EQ, _LOW_WORD, request)
         program.add_rule(library.ERRNO(errno.EOPNOTSUPP), "ioctl", chosen)
-    with tempfile.TemporaryFile() as file:
-        program.export_bpf(file)
-        file.seek(0)
-        return file.read()
-
-
-def _library() -> Any:
-    try:
-        import pyseccomp  # slow: it looks for the library with ldconfig or gcc
-    except (ImportError, RuntimeError) as error:
-        raise NotPermitted(
-            f"no system call filter can be made: {error}", hint="install libseccomp2 and pyseccomp"
-        ) from error
-    return pyseccomp
+    return libseccomp.export(program)
 
 
 def _cache_name() -> str:
     """Changes with the rules, so that a file of another version of this module is never used."""
     rules = repr((list(notified_flags()), _ALWAYS, _FLAG_CHANGES, AT_REMOVEDIR)).encode()
     return f"{os.uname().machine}-cow-{zlib.crc32(rules + _prelude()):08x}"
-
-
-def _keep(path: Path, program: bytes) -> None:
-    """Several starts may write at once; each puts a whole file in place. No cache is no failure."""
-    import tempfile
-
-    with suppress(OSError):
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        spare_fd, spare = tempfile.mkstemp(dir=path.parent)
-        with open(spare_fd, "wb") as file:  # noqa: PTH123 # a descriptor
-            file.write(program)
-        Path(spare).replace(path)
