@@ -14,6 +14,8 @@ from tests.fixtures.trees import File
 pytestmark = [need("immutable", "lease"), on("xfs")]
 
 _LIMIT_KIB = 300 << 10
+_APART = '"$@"; exit $?'
+"""A shell between: a process that is forked from a large one begins with that one's peak."""
 _RUN = """
 import resource, sys
 from vstore.commands import vserver_copy
@@ -27,7 +29,7 @@ finally:
 
 def _peaks(*arguments: str) -> tuple[int, int]:
     """KiB at most of the sending side, and of the largest of the receiving side's processes."""
-    command = [sys.executable, "-c", _RUN, "-q", *arguments]
+    command = ["sh", "-c", _APART, "sh", sys.executable, "-c", _RUN, "-q", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     own, others = done.stderr.split()[-2:]
