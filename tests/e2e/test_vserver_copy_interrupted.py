@@ -155,7 +155,6 @@ def test_a_spoiled_line_never_ends_well_with_another_tree(
     _finish(tool, machines, "--refresh")
 
 
-@need("soak")
 @pytest.mark.timeout(200)
 def test_a_side_that_is_stopped_ends_the_other_in_time(machines: Machines, tool: Tool) -> None:
     with tampering(machines.server.port, "stall", 2 << 20) as proxy:

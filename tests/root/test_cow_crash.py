@@ -19,7 +19,7 @@ from vrun.cow.notifications import Listener
 
 pytestmark = [need("immutable", "lease"), on("ext4", "xfs")]
 
-_STRIDE = 1 if is_soak() else 17
+_STRIDE = 1 if is_soak() else 9
 _MOST_STEPS = 400
 
 
