@@ -11,27 +11,11 @@ import errno
 import os
 from typing import Any, Final
 
-_libc = ctypes.CDLL(None, use_errno=True)
+from vstore.syscalls import check, declare, libc
 
-
-def _check(result: int, function: Any, arguments: tuple[Any, ...]) -> int:
-    if result < 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
-    return result
-
-
-def _declare(name: str, *argument_types: Any) -> Any:
-    function = getattr(_libc, name)
-    function.argtypes = argument_types
-    function.restype = ctypes.c_int
-    function.errcheck = _check
-    return function
-
-
-_syscall_function: Any = _libc["syscall"]
+_syscall_function: Any = libc["syscall"]
 _syscall_function.restype = ctypes.c_long
-_syscall_function.errcheck = _check
+_syscall_function.errcheck = check
 
 
 def _syscall(number: int, *arguments: Any) -> int:
@@ -52,8 +36,8 @@ CLONE_NEWUSER: Final = 0x10000000
 CLONE_NEWPID: Final = 0x20000000
 CLONE_NEWNET: Final = 0x40000000
 
-_unshare = _declare("unshare", ctypes.c_int)
-_setns = _declare("setns", ctypes.c_int, ctypes.c_int)
+_unshare = declare("unshare", ctypes.c_int)
+_setns = declare("setns", ctypes.c_int, ctypes.c_int)
 
 
 class _CloneArgs(ctypes.Structure):
@@ -148,11 +132,11 @@ _FSCONFIG_SET_FLAG: Final = 0
 _FSCONFIG_SET_STRING: Final = 1
 _FSCONFIG_CMD_CREATE: Final = 6
 
-_mount = _declare(
+_mount = declare(
     "mount", ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p
 )
-_umount2 = _declare("umount2", ctypes.c_char_p, ctypes.c_int)
-_pivot_root = _declare("pivot_root", ctypes.c_char_p, ctypes.c_char_p)
+_umount2 = declare("umount2", ctypes.c_char_p, ctypes.c_int)
+_pivot_root = declare("pivot_root", ctypes.c_char_p, ctypes.c_char_p)
 
 
 class _MountAttr(ctypes.Structure):
@@ -279,9 +263,9 @@ class _CapData(ctypes.Structure):
     )
 
 
-_capget = _declare("capget", ctypes.POINTER(_CapHeader), ctypes.POINTER(_CapData))
-_capset = _declare("capset", ctypes.POINTER(_CapHeader), ctypes.POINTER(_CapData))
-_prctl = _declare(
+_capget = declare("capget", ctypes.POINTER(_CapHeader), ctypes.POINTER(_CapData))
+_capset = declare("capset", ctypes.POINTER(_CapHeader), ctypes.POINTER(_CapData))
+_prctl = declare(
     "prctl", ctypes.c_int, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong
 )
 
@@ -347,9 +331,9 @@ _KEYCTL_JOIN_SESSION_KEYRING: Final = 1
 IOPRIO_WHO_PROCESS: Final = 1
 IOPRIO_CLASS_SHIFT: Final = 13
 
-_personality = _declare("personality", ctypes.c_ulong)
-_sethostname = _declare("sethostname", ctypes.c_char_p, ctypes.c_size_t)
-_setdomainname = _declare("setdomainname", ctypes.c_char_p, ctypes.c_size_t)
+_personality = declare("personality", ctypes.c_ulong)
+_sethostname = declare("sethostname", ctypes.c_char_p, ctypes.c_size_t)
+_setdomainname = declare("setdomainname", ctypes.c_char_p, ctypes.c_size_t)
 
 
 def _number(name: str) -> int:
@@ -430,7 +414,7 @@ def join_session_keyring() -> None:
 
 _SPLICE_F_NONBLOCK: Final = 2  # fcntl.h
 
-_tee = _declare("tee", ctypes.c_int, ctypes.c_int, ctypes.c_size_t, ctypes.c_uint)
+_tee = declare("tee", ctypes.c_int, ctypes.c_int, ctypes.c_size_t, ctypes.c_uint)
 
 
 def tee(source_fd: int, target_fd: int, count: int) -> int:

@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final
 
-from vstore import extents, inode
+from vstore import entries, inode
 from vstore.descent import Barred, Descent, Entered, Left
 from vstore.errors import NoSpace
 from vstore.exclude import Excludes
@@ -22,7 +22,6 @@ from vstore.window import Windows
 _OBJECTS_A_BATCH: Final = 150
 _ENTRIES_AN_ANSWER: Final = 500
 _PROC_FDS: Final = "/proc/self/fd"
-_NEW_FILE: Final = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _ACLS: Final = ("system.posix_acl_access", "system.posix_acl_default")
 _NO_ROOM: Final = frozenset((errno.ENOSPC, errno.EDQUOT))
 
@@ -277,40 +276,11 @@ class Replicator:
             finally:
                 os.close(fd)
             return
-        if stat.S_ISLNK(status.st_mode):
-            os.symlink(os.readlink(name, dir_fd=folder_fd), name, dir_fd=self._fd)
-        else:
-            os.mknod(name, status.st_mode, status.st_rdev, dir_fd=self._fd)
-        self._copy_metadata(folder_fd, name, status)
+        entries.copy_other(folder_fd, self._fd, name, status)
         self._counts["copied"] += 1
 
     def _copy_data(self, source_fd: int, target_fd: int, name: bytes) -> None:
         """Make a private copy of the file behind `source_fd`, all of it or none."""
-        status = os.fstat(source_fd)
-        fd = os.open(name, _NEW_FILE, 0o600, dir_fd=target_fd)
-        try:
-            extents.copy_data(source_fd, fd, size=status.st_size)
-            inode.copy_ownership(status, inode.load_xattrs(source_fd), fd)
-        except OSError:
-            os.unlink(name, dir_fd=target_fd)
-            raise
-        finally:
-            os.close(fd)
+        size = entries.copy_file(source_fd, target_fd, name)
         self._counts["copied"] += 1
-        self._counts["copied_bytes"] += status.st_size
-
-    def _copy_metadata(self, folder_fd: int, name: bytes, status: os.stat_result) -> None:
-        """Owner, mode, xattrs and times of what cannot be opened: symlinks, devices, FIFOs."""
-        source, target = _place(folder_fd, name), _place(self._fd, name)
-        os.chown(target, status.st_uid, status.st_gid, follow_symlinks=False)
-        if not stat.S_ISLNK(status.st_mode):
-            os.chmod(target, stat.S_IMODE(status.st_mode))  # noqa: PTH101 - we have just made it
-        for key in os.listxattr(source, follow_symlinks=False):
-            value = os.getxattr(source, key, follow_symlinks=False)
-            os.setxattr(target, key, value, follow_symlinks=False)
-        os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns), follow_symlinks=False)
-
-
-def _place(folder_fd: int, name: bytes) -> bytes:
-    """A path for the calls that take no descriptor."""
-    return b"%s/%d/%s" % (_PROC_FDS.encode(), folder_fd, name)
+        self._counts["copied_bytes"] += size

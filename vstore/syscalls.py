@@ -9,21 +9,23 @@ import ctypes
 import os
 from typing import Any, Final
 
-_libc = ctypes.CDLL(None, use_errno=True)
+libc = ctypes.CDLL(None, use_errno=True)
 
 
-def _check(result: int, function: Any, arguments: tuple[Any, ...]) -> int:
+def check(result: int, function: Any, arguments: tuple[Any, ...]) -> int:
+    """A function's `errcheck`: what is below 0 becomes an OSError with errno."""
     if result < 0:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
     return result
 
 
-def _declare(name: str, *argument_types: Any) -> Any:
-    function = getattr(_libc, name)
+def declare(name: str, *argument_types: Any) -> Any:
+    """A function of the C library that returns an int and raises OSError with errno."""
+    function = getattr(libc, name)
     function.argtypes = argument_types
     function.restype = ctypes.c_int
-    function.errcheck = _check
+    function.errcheck = check
     return function
 
 
@@ -43,7 +45,7 @@ class _OpenHow(ctypes.Structure):
     _fields_ = (("flags", ctypes.c_uint64), ("mode", ctypes.c_uint64), ("resolve", ctypes.c_uint64))
 
 
-_syscall = _declare(
+_syscall = declare(
     "syscall",
     ctypes.c_long,
     ctypes.c_int,
@@ -80,10 +82,10 @@ def openat2(directory_fd: int, path: bytes, *, flags: int, resolve: int) -> int:
 RENAME_NOREPLACE: Final = 1
 RENAME_EXCHANGE: Final = 2
 
-_renameat2 = _declare(
+_renameat2 = declare(
     "renameat2", ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint
 )
-_syncfs = _declare("syncfs", ctypes.c_int)
+_syncfs = declare("syncfs", ctypes.c_int)
 
 
 def renameat2(source_fd: int, source: bytes, target_fd: int, target: bytes, *, flags: int) -> None:
@@ -137,7 +139,7 @@ class Statx(ctypes.Structure):
     )
 
 
-_statx = _declare(
+_statx = declare(
     "statx", ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_uint, ctypes.POINTER(Statx)
 )
 

@@ -15,7 +15,7 @@ from typing import Final
 
 from vrun.errors import NoSpace, ToolError
 from vrun.unfinished import SPARE
-from vstore import extents, inode
+from vstore import entries, inode
 from vstore.descent import Barred, Descent, Entered, Left
 from vstore.progress import SILENT, Progress
 from vstore.scan import open_below
@@ -23,7 +23,6 @@ from vstore.scan import open_below
 Choice = Callable[[bytes, os.stat_result], bool]
 """Whether the entry at this path below the source's root is copied; of a folder, with all in it."""
 
-_NEW_FILE: Final = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _NO_ROOM: Final = frozenset((errno.ENOSPC, errno.EDQUOT))
 _ACLS: Final = ("system.posix_acl_access", "system.posix_acl_default")
 
@@ -168,7 +167,7 @@ class Copier:
         status = os.stat(step.name, dir_fd=step.fd, follow_symlinks=False)
         with suppress(FileExistsError):
             os.mkdir(step.name, dir_fd=self._fd)
-            place = _place(self._fd, step.name)
+            place = entries.place_of(self._fd, step.name)
             os.chmod(place, stat.S_IMODE(status.st_mode))  # noqa: PTH101 - we have just made it
             os.chown(place, status.st_uid, status.st_gid)
 
@@ -192,7 +191,7 @@ class Copier:
         if stat.S_ISREG(status.st_mode):
             self._copy_file(source_fd, target_fd, name)
         else:
-            _copy_other(source_fd, target_fd, name, status)
+            entries.copy_other(source_fd, target_fd, name, status)
         if status.st_nlink > 1:
             os.link(
                 name,
@@ -223,40 +222,9 @@ class Copier:
         """Make a copy of a regular file, all of it or none."""
         old_fd = os.open(name, inode.OPEN_TO_READ, dir_fd=source_fd)
         try:
-            status = os.fstat(old_fd)
-            fd = os.open(name, _NEW_FILE, 0o600, dir_fd=target_fd)
-            try:
-                extents.copy_data(old_fd, fd, size=status.st_size)
-                inode.copy_ownership(status, inode.load_xattrs(old_fd), fd)
-            except OSError:
-                os.unlink(name, dir_fd=target_fd)
-                raise
-            finally:
-                os.close(fd)
+            self.size += entries.copy_file(old_fd, target_fd, name)
         finally:
             os.close(old_fd)
-        self.size += status.st_size
-
-
-def _copy_other(source_fd: int, target_fd: int, name: bytes, status: os.stat_result) -> None:
-    """Symlinks, devices, FIFOs: what cannot be opened."""
-    if stat.S_ISLNK(status.st_mode):
-        os.symlink(os.readlink(name, dir_fd=source_fd), name, dir_fd=target_fd)
-    else:
-        os.mknod(name, stat.S_IFMT(status.st_mode) | 0o600, status.st_rdev, dir_fd=target_fd)
-    source, target = _place(source_fd, name), _place(target_fd, name)
-    os.chown(target, status.st_uid, status.st_gid, follow_symlinks=False)
-    if not stat.S_ISLNK(status.st_mode):
-        os.chmod(target, stat.S_IMODE(status.st_mode))  # noqa: PTH101 - what we have just made
-    for key in os.listxattr(source, follow_symlinks=False):
-        value = os.getxattr(source, key, follow_symlinks=False)
-        os.setxattr(target, key, value, follow_symlinks=False)
-    os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns), follow_symlinks=False)
-
-
-def _place(folder_fd: int, name: bytes) -> bytes:
-    """A path for the calls that take no descriptor."""
-    return b"/proc/self/fd/%d/%s" % (folder_fd, name)
 
 
 def _join(folder: bytes, name: bytes) -> bytes:
