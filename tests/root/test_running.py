@@ -195,7 +195,7 @@ def _state(pid: int) -> str:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
-def _wait_for(come: Callable[[], bool], *, timeout_s: float = 10) -> None:
+def _wait_for(come: Callable[[], bool], *, timeout_s: float = 60) -> None:
     deadline = monotonic() + timeout_s
     while not come():
         assert monotonic() < deadline
