@@ -427,6 +427,22 @@ def tee(source_fd: int, target_fd: int, count: int) -> int:
     return copied
 
 
+# --- quotactl_fd(2)
+
+_SYS_QUOTACTL_FD: Final = 443  # the same on every machine; Linux 5.14
+
+
+def quotactl_fd(fd: int, command: int, kind: int, number: int, content: bytes) -> bytes:
+    """A quota command on the file system of `fd`; `content` as the kernel has left it.
+
+    `kind` is USRQUOTA, GRPQUOTA or PRJQUOTA, `number` a user, group or project. Raises OSError:
+    ENOSYS without quota in the kernel, ESRCH where it is not on. See quotactl(2).
+    """
+    memory = ctypes.create_string_buffer(content, len(content))
+    _syscall(_SYS_QUOTACTL_FD, fd, command << 8 | kind, number, memory)
+    return memory.raw
+
+
 # --- seccomp(2)
 
 SECCOMP_FILTER_FLAG_LOG: Final = 1 << 1
