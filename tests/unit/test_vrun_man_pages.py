@@ -1,5 +1,6 @@
 """The man pages of vserver say what its click commands and its words say."""
 
+import importlib
 import re
 from pathlib import Path
 
@@ -143,11 +144,16 @@ def test_build_explains_every_exit_code() -> None:
 
 def test_vservers_explains_every_word_and_option() -> None:
     text = manpages.plain(_VSERVERS)
-    assert set(subsections(text)) == set(vservers.COMMANDS)
-    assert [word for word in vservers.COMMANDS if word not in section(text, "SYNOPSIS")] == []
+    words = {*vservers.COMMANDS, *bulkoptions.MORE}
+    assert set(subsections(text)) == words
+    assert [word for word in words if word not in section(text, "SYNOPSIS")] == []
     options = options_of(bulkoptions.command) | {"--help"}
     assert unsaid(section(text, "OPTIONS"), options) == []
     assert set(manpages.explained_options(section(text, "OPTIONS"))) <= options
+    for word, module in bulkoptions.MORE.items():
+        own = options_of(importlib.import_module(module).command)
+        assert unsaid(subsection(text, word), own - options) == []
+        assert set(manpages.explained_options(subsection(text, word))) <= own
 
 
 def test_vservers_explains_every_exit_code() -> None:

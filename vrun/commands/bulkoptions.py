@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from typing import Any, Final, TypeVar
 
 import click
@@ -11,14 +12,22 @@ from vrun.commands.vservers import COMMANDS, EXIT_ALL, PROGRAM, carry_out, find_
 from vrun.roster import Wanted
 from vstore.cli import version_option
 
+MORE: Final = {"unify": "vrun.commands.unifying", "install-unit": "vrun.commands.units"}
+"""Words with options of their own; the modules whose `command` they are."""
+
 _MOST_JOBS: Final = 1000
 
 
 def main(words: Sequence[str]) -> int:
     """Carry out the command line behind `vservers`; the exit code. Raises ToolError, OSError."""
     logging.basicConfig(handlers=[Shown(PROGRAM)])
+    module = MORE.get(words[0]) if words else None
     try:
-        result = command.main(list(words), PROGRAM, standalone_mode=False)
+        if module is None:
+            result = command.main(list(words), PROGRAM, standalone_mode=False)
+        else:
+            more: click.Command = import_module(module).command
+            result = more.main(list(words[1:]), f"{PROGRAM} {words[0]}", standalone_mode=False)
     except click.UsageError as error:
         error.show()
         return EXIT_ALL
@@ -78,7 +87,8 @@ def command(
     """Start, stop and look at many guests at once.
 
     COMMAND is start, stop, restart or status. Guests that others depend on are
-    started before them. One guest's trouble stops no others but those.
+    started before them. One guest's trouble stops no others but those. Also, with
+    options of their own: unify, install-unit.
     """
     known = find_command(word)
     if known is None:
