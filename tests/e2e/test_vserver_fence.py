@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.fixtures.probes import need
+from tests.fixtures.probes import need, scaled
 from tests.fixtures.vservers import (
     BUSYBOX_INIT,
     SLEEPER,
@@ -168,7 +168,7 @@ def recipe() -> list[str]:
 
 def test_of_two_hosts_at_the_same_moment_one_gets_it(host: Host, other: Other) -> None:
     host.add_busybox("web", _FENCED)
-    for _ in range(4):
+    for _ in range(scaled(2, 20)):
         there, here = other.begin("web", "start"), host.begin("web", "start")
         here.communicate(timeout=60)
         codes = sorted([there.wait(60), here.returncode])
@@ -229,6 +229,7 @@ def test_the_fence_outlives_a_killed_monitor_and_goes_when_all_is_cleaned(host: 
     assert not holder(host).exists()
 
 
+@need("soak")
 def test_a_guest_that_reboots_keeps_it(host: Host) -> None:
     host.add_busybox("web", {**BUSYBOX_INIT, "apps/fence": False})
     host.vserver("web", "start")

@@ -10,7 +10,16 @@ import pytest
 from tests.fixtures import manpages
 from tests.fixtures.manpages import section, subsection, subsections
 from vrun import enter, names
-from vrun.commands import build, bulkoptions, guestcommands, plain, vservers
+from vrun.commands import (
+    build,
+    bulkoptions,
+    guestcommands,
+    plain,
+    vapt_get,
+    vrpm,
+    vserver_all,
+    vservers,
+)
 from vrun.config_init import STYLES
 
 _PAGES = Path(__file__).parents[2] / "vrun/man"
@@ -62,7 +71,8 @@ def test_page_has_its_sections(page: Path) -> None:
     titles = (*manpages.SECTIONS, "COMMANDS", "OPTIONS", "SEE ALSO")
     assert [title for title in titles if not section(text, title).strip()] == []
     assert section(text, "NAME").strip().startswith(f"{page.stem} - ")
-    assert section(text, "SYNOPSIS").strip().startswith("vserver")
+    first = section(text, "SYNOPSIS").strip()
+    assert first.startswith(page.stem.partition("-build")[0])
 
 
 @each_page
@@ -137,6 +147,31 @@ def test_build_explains_every_exit_code() -> None:
     text = manpages.plain(_BUILD)
     assert manpages.explains_code(text, build.EXIT_USAGE)
     assert [code for code in (0, 1, 130) if not manpages.explains_code(text, code)] == []
+
+
+# --- those of one click command
+
+
+_SINGLE = {
+    "vapt-get": vapt_get.command,
+    "vrpm": vrpm.command,
+    "vserver-all": vserver_all.command,
+}
+
+
+def test_each_command_has_a_page_and_each_page_a_command() -> None:
+    pages = {page.stem for page in _PAGES.iterdir()}
+    assert pages == {"vserver", "vserver-build", "vservers", *_SINGLE}
+
+
+@pytest.mark.parametrize("name", sorted(_SINGLE))
+def test_a_page_explains_every_option_and_exit_code(name: str) -> None:
+    text = manpages.plain(_PAGES / f"{name}.8")
+    options = options_of(_SINGLE[name]) | {"--help"}
+    assert unsaid(section(text, "OPTIONS"), options) == []
+    assert set(manpages.explained_options(section(text, "OPTIONS"))) <= options
+    listed = {int(code) for code in re.findall(r"^(\d+)$", section(text, "EXIT STATUS"), re.M)}
+    assert listed == {0, vservers.EXIT_ALL, vservers.EXIT_SOME, plain.EXIT_INTERRUPTED}
 
 
 # --- vservers(8)

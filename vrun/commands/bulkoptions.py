@@ -55,6 +55,17 @@ def bulk_options(function: _Decorated) -> _Decorated:
     return function
 
 
+def jobs_option(function: _Decorated) -> _Decorated:
+    """`-j N`: the command gets `jobs`, None where it is not given."""
+    return click.option(
+        "-j",
+        "--jobs",
+        type=click.IntRange(1, _MOST_JOBS),
+        metavar="N",
+        help="So many at a time; by default 2 for each cpu, at least 6.",
+    )(function)
+
+
 def wanted(guests: tuple[str, ...], given: Mapping[str, Any]) -> Wanted:
     """What the arguments and the values of bulk_options say."""
     if given["running"] and given["stopped"]:
@@ -70,13 +81,7 @@ def wanted(guests: tuple[str, ...], given: Mapping[str, Any]) -> Wanted:
 
 @click.command(PROGRAM, context_settings={"max_content_width": 80})
 @bulk_options
-@click.option(
-    "-j",
-    "--jobs",
-    type=click.IntRange(1, _MOST_JOBS),
-    metavar="N",
-    help="So many at a time; by default 2 for each cpu, at least 6.",
-)
+@jobs_option
 @click.option("--json", "as_json", is_flag=True, help="status: one JSON object a line.")
 @version_option
 @click.argument("word", metavar="COMMAND", type=click.Choice(list(COMMANDS)))
