@@ -313,6 +313,13 @@ def _pivot(tree_fd: int) -> None:
     os.chdir("/")
 
 
+def is_made_at_start(line: Mount) -> bool:
+    """Whether the line can only be mounted by the guest's first process, or asks for what it has
+    anyway.
+    """
+    return _is_ours(line) or line.fstype in _OF_NAMESPACES
+
+
 def _is_ours(line: Mount) -> bool:
     return (volumes.target_of(line), line.fstype) in _OURS
 

@@ -344,6 +344,17 @@ def _number(name: str) -> int:
         raise OSError(errno.ENOSYS, f"{name}: no number known for {os.uname().machine}") from error
 
 
+_reboot = declare("reboot", ctypes.c_int)
+
+RB_AUTOBOOT: Final = 0x01234567  # sys/reboot.h
+RB_POWER_OFF: Final = 0x4321FEDC
+
+
+def reboot(command: int) -> None:
+    """End this pid namespace with all in it, at once; of the first one, the machine: reboot(2)."""
+    _reboot(command)
+
+
 def set_child_subreaper() -> None:
     """Make this process the parent of all its descendants' orphans; prctl(2)."""
     _prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)

@@ -140,6 +140,16 @@ def mount_line(root_fd: int, mount: Mount) -> None:
             os.close(mount_fd)
 
 
+def make_line(mount: Mount) -> int:
+    """The mount of one line, mounted nowhere yet; its descriptor. Raises ToolError as mount_line.
+
+    Not for the option remount, which makes none.
+    """
+    words = parse_words(mount)
+    with _naming(mount):
+        return _make(mount, words)
+
+
 @contextmanager
 def _naming(mount: Mount) -> Iterator[None]:
     try:

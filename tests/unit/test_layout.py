@@ -107,7 +107,12 @@ def test_a_package_file_holds_a_docstring_and_at_most_the_version() -> None:
             assert all(isinstance(node, ast.Expr | ast.Assign) for node in tree.body), _name(path)
 
 
-_OF_VRUN = {"vserver", "vservers", "vserver-all", "vapt-get", "vrpm"}
+_OF_VRUN = frozenset(
+    (
+        *("newvserver", "vapt-get", "vhalt", "vmount", "vreboot", "vrpm"),
+        *("vserver", "vserver-all", "vservers"),
+    )
+)
 
 
 def _console_scripts() -> dict[str, str]:

@@ -3,8 +3,8 @@
 import os
 from typing import Final
 
+from vrun.commands import script
 from vrun.commands.packages import Arguments, package_command
-from vrun.commands.vserver_all import run_script
 from vrun.keys import key_names
 
 PROGRAM: Final = "vapt-get"
@@ -38,4 +38,4 @@ command = package_command(PROGRAM, argv=_argv, changes=_changes)
 def main() -> None:
     """The console script."""
     os.environ.setdefault("DEBIAN_FRONTEND", "noninteractive")  # is passed on into guests
-    run_script(command, PROGRAM)
+    script.run(command, with_rest=True)

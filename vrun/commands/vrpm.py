@@ -3,8 +3,8 @@
 import re
 from typing import Final
 
+from vrun.commands import script
 from vrun.commands.packages import Arguments, package_command
-from vrun.commands.vserver_all import run_script
 
 PROGRAM: Final = "vrpm"
 _ASKING: Final = re.compile(r"-[A-Za-z]*[qVK][A-Za-z]*|--(query|verify|checksig|test|eval|version)")
@@ -23,4 +23,4 @@ command = package_command(PROGRAM, argv=_argv, changes=_changes)
 
 def main() -> None:
     """The console script."""
-    run_script(command, PROGRAM)
+    script.run(command, with_rest=True)

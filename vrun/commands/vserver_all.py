@@ -4,7 +4,6 @@
 their names in front; how each ended is counted at the end.
 """
 
-import logging
 import os
 import re
 import sys
@@ -15,10 +14,9 @@ import click
 
 from vrun import chorus, names, roster
 from vrun.chorus import Chorus, Ended
-from vrun.commands import plain
+from vrun.commands import plain, script
 from vrun.commands.bulkoptions import bulk_options, jobs_option, wanted
 from vrun.commands.headway import Headway
-from vrun.commands.logged import Shown
 from vrun.commands.plain import show
 from vrun.commands.vservers import EXIT_ALL, EXIT_SOME, default_jobs
 from vrun.errors import ToolError
@@ -47,29 +45,7 @@ class Task:
 
 def main() -> None:
     """The console script."""
-    run_script(command, PROGRAM)
-
-
-def run_script(script: click.Command, name: str) -> None:
-    """Run a click command whose last argument, `argv`, is what stands behind `--`."""
-    plain.fill_standard()
-    logging.basicConfig(handlers=[Shown(name)])
-    sys.exit(plain.run(lambda: _parse(script, name), name=name))
-
-
-def _parse(script: click.Command, name: str) -> int:
-    words = sys.argv[1:]
-    place = words.index("--") if "--" in words else len(words)
-    try:
-        result = script.main(
-            words[:place], name, standalone_mode=False, obj=tuple(words[place + 1 :])
-        )
-    except click.UsageError as error:
-        error.show()
-        return EXIT_ALL
-    except click.Abort:
-        raise KeyboardInterrupt from None
-    return int(result or 0)
+    script.run(command, with_rest=True)
 
 
 @click.command(
