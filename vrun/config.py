@@ -52,7 +52,7 @@ _KEYS: Final = key_names(
     "personality rlimits run run.rev sched schedule scripts shell spaces sysctl tag ulimits umask "
     "uts vdir"
 )
-_APPS: Final = key_names("init pkgmgmt vdevmap vlogin vshelper vshelper-methods vunify")
+_APPS: Final = key_names("fence init pkgmgmt vdevmap vlogin vshelper vshelper-methods vunify")
 
 _CLEANUP: Final = "nothing of the host is mounted in a guest; name what it needs in fstab"
 _IMPOSSIBLE: Final = {

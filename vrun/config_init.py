@@ -76,7 +76,7 @@ def load_init(guest: Keys, defaults: Keys, *, is_fake_init: bool) -> InitSpec:
         tty=_tty(init, common),
         sync=init.has("sync"),
         marks=tuple(line.text for line in init.items("mark")),
-        depends=_depends(init),
+        depends=load_depends(init),
         mtab=_mtab(init, defaults),
         pid_one=style in _REAL_INITS or (is_fake_init and command is not None),
     )
@@ -136,7 +136,8 @@ def _tty(init: Keys, common: Keys) -> Path | None:
     return None if source is None else source.path / "tty"
 
 
-def _depends(init: Keys) -> tuple[str, ...]:
+def load_depends(init: Keys) -> tuple[str, ...]:
+    """The guests that the folder apps/init says are started before; raises ConfigInvalid."""
     return tuple(
         parse_guest(Line(line.where, word))
         for line in init.items("depends")

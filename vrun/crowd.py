@@ -3,19 +3,21 @@
 Each guest has a process of its own, forked from one that has loaded all that is needed, so that
 whatever happens to one guest (a lock that another program holds, a script that hangs, a bug of
 ours) stays with it. It tells how it goes over a pair of sockets, as a monitor does (control.py).
+What has to wait for another guest's end, or its success, begins when that is there (graph.py).
 """
 
 import gc
 import os
 import select
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from typing import NoReturn
 
 from vrun import control, syscalls
 from vrun.control import Connection, Outcome
 from vrun.errors import ToolError
+from vrun.graph import Before, Key, Schedule
 from vrun.lifecycle import Hearer
 from vstore.record import dataclass
 
@@ -25,11 +27,22 @@ Work = Callable[[str, Hearer], Outcome]
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What became of one guest."""
+    """What became of one step."""
 
-    name: str
+    key: Key
     outcome: Outcome
     """What the work has given, or of a failure the exit code, its words and its hint."""
+    blocked_by: Key | None = None
+    """It was not done, since it needs this step, which has failed."""
+
+    @property
+    def name(self) -> str:
+        """The guest's."""
+        return self.key[1]
+
+
+def _ignore(names: Collection[str]) -> None:
+    pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,29 +54,42 @@ class Crowd:
     say: Callable[[str, str], None]
     warn: Callable[[str, str], None]
     """Get the guest's name and a line about it."""
+    show_busy: Callable[[Collection[str]], None] = _ignore
+    """Gets the names of those that are being worked on, whenever that changes."""
 
-    def do(self, names: Sequence[str], work: Work) -> Iterator[Result]:
-        """Do the work to each of the guests; yields each result as it comes.
+    def do(self, steps: Mapping[Key, Before], works: Mapping[str, Work]) -> Iterator[Result]:
+        """Do each step, by the work of its word; yields each result as it comes.
 
         However this ends, no process of ours is left: those that work are told to end, and what
         they began is taken back by the guests' monitors.
         """
         gc.freeze()  # what is there need not be looked through in each process, nor be copied
-        waiting, running = list(reversed(names)), _Running()
+        schedule, running = Schedule(steps), _Running()
         try:
-            while waiting or running.workers:
-                while waiting and len(running.workers) < self.jobs:
-                    running.begin(waiting.pop(), work)
-                yield from running.hear(self)
+            while True:
+                while len(running.workers) < self.jobs and (key := schedule.take()):
+                    running.begin(key, works[key[0]])
+                self.show_busy(running.names())
+                if not running.workers:
+                    return
+                for result in running.hear(self):
+                    yield result
+                    for key, needed in schedule.end(result.key, well=result.outcome.code == 0):
+                        yield Result(key, _needs(key, needed), blocked_by=needed)
         finally:
             running.end()
+
+
+def _needs(key: Key, needed: Key) -> Outcome:
+    return Outcome(1, f"not {key[0]}ed: it needs guest {needed[1]}, which failed")
 
 
 class _Worker:
     """One guest's process, as its parent sees it."""
 
-    def __init__(self, name: str, connection: Connection, pid: int) -> None:
-        self.name = name
+    def __init__(self, key: Key, connection: Connection, pid: int) -> None:
+        self.key = key
+        self.name = key[1]
         self.connection = connection
         self.pid = pid
         self.outcome: Outcome | None = None
@@ -76,14 +102,18 @@ class _Running:
         self.workers: dict[int, _Worker] = {}
         self._poll = select.poll()
 
-    def begin(self, name: str, work: Work) -> None:
+    def names(self) -> list[str]:
+        """The guests, the one that has begun first first."""
+        return [worker.name for worker in self.workers.values()]
+
+    def begin(self, key: Key, work: Work) -> None:
         near, far = control.pair()
         pid = os.fork()
         if pid == 0:
-            _be_worker(name, work, far)
+            _be_worker(key[1], work, far)
         far.close()
         fd = near.socket.fileno()
-        self.workers[fd] = _Worker(name, near, pid)
+        self.workers[fd] = _Worker(key, near, pid)
         self._poll.register(fd, select.POLLIN)
 
     def hear(self, crowd: Crowd) -> Iterator[Result]:
@@ -99,7 +129,7 @@ class _Running:
                     worker.outcome = Outcome(int(code), message, hint or None)
                 case None:
                     self._forget(fd)
-                    yield Result(worker.name, worker.outcome or _killed(worker.name))
+                    yield Result(worker.key, worker.outcome or _killed(worker.name))
 
     def end(self) -> None:
         """Have all end that work, and wait for them."""

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from vrun import unfinished
+from vrun import fence, unfinished
 from vrun.errors import GuestNotFound, WrongUsage
 from vrun.removal import Kept, check_removable, remove_folder, remove_tree
 from vrun.state import forget_run, load_resources, run_folder
@@ -65,6 +65,7 @@ def delete_guest(guest: Guest, *, keep_root: bool = False, pool: Path | None = N
         raise WrongUsage(f"{guest.name}: is no configured guest", hint="vpool rm deletes trees")
     with hold_lock(guest.name, wait_s=_WAIT_S) as is_held:
         _check_idle(guest, is_held=is_held)
+        fence.check(guest, "delete")
         if guest.config in unfinished.find_left(confdir(), guest.name):
             if keep_root:
                 unfinished.unmark_root(guest.config)

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-from vrun import control, state
+from vrun import control, fence, state
 from vrun.control import Connection, Outcome
 from vrun.errors import ToolError
 from vrun.order import Order, Task
@@ -88,7 +88,10 @@ def clean(guest: Guest, hearer: Hearer, lock_fd: int) -> None:
     """Take back what a run left that was killed together with its monitor; ends with the lock."""
     if has_leftovers(guest.name):
         finish(guest, _fork_monitor(guest, "clean", Order(), lock_fd), hearer)
-    else:
+        return
+    try:
+        fence.release(guest)
+    finally:
         os.close(lock_fd)
 
 

@@ -19,6 +19,7 @@ from typing import Final, NoReturn
 from vrun import (
     control,
     ending,
+    fence,
     inherited,
     launch,
     namespaces,
@@ -133,6 +134,8 @@ class Monitor:
         self._starts = False
         self._is_starting = False
         self._wants_stop = False
+        self._is_all_gone = True
+        """No process of the guest is left of a start that failed."""
         signal.signal(signal.SIGTERM, self._terminated)
         self._listener = control.listen(guest.name)
         self._loop.watch(self._listener.fileno(), self._accept)
@@ -150,6 +153,7 @@ class Monitor:
                 self._adopt(wants_stop=task == "stop")
             while self._starts and not self._wants_stop:
                 self._live()
+            self._let_others_have_it()
         except ToolError as error:
             outcome = Outcome(1, error.message, error.hint)
         except Exception:  # noqa: BLE001 (a bug of ours: the guest runs on and can be adopted)
@@ -241,7 +245,9 @@ class Monitor:
     def _live(self) -> None:
         """One run of the guest, from its start to its end."""
         self._starts = False
-        context = self._new_context(load_spec(self._guest, profile=self._order.profile))
+        spec = load_spec(self._guest, profile=self._order.profile)
+        fence.take(self._guest)
+        context = self._new_context(spec)
         self._audience.logfile = context.spec.helper.logfile
         for warning in context.spec.warnings:
             self._audience.warn(warning)
@@ -250,6 +256,7 @@ class Monitor:
             self._start(context)
         except (ToolError, Aborted) as error:
             self._context = None
+            self._is_all_gone = not context.processes()
             context.close()
             self._failed(error)
             return
@@ -270,6 +277,18 @@ class Monitor:
             shown = context.spec.display_name
             self._audience.say(f"{shown}: context {context.xid}, addresses: {addresses or 'none'}")
         self._run_detached(ending.startup_program(context.spec.helper), context)
+
+    def _let_others_have_it(self) -> None:
+        """Other hosts may start it: nothing of it runs, and nothing of it is mounted here."""
+        if not self._is_all_gone:
+            return
+        self._take_own_mounts()
+        try:
+            fence.release(self._guest)
+        except OSError as error:
+            self._audience.warn(
+                f"guest {self._guest.name}: cannot note that it does not run here: {error}"
+            )
 
     def _failed(self, error: ToolError | Aborted) -> None:
         """The start failed, and is undone: say so, and note it for those who ask later."""

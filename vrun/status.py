@@ -4,9 +4,10 @@ import os
 import time
 from typing import Any, Final
 
-from vrun import control, state
+from vrun import control, fence, state
 from vrun.cgroup import Group
 from vrun.cow.heir import NONE, READ_ONLY, Report, load_report
+from vrun.errors import ToolError
 from vrun.state import Ended, find_running
 from vstore.guest import COPY_ON_WRITE, Guest, RunState
 from vstore.record import dataclass
@@ -33,6 +34,8 @@ class Status:
     """How its last run ended, if it does not run."""
     report: Report | None = None
     """Of the supervisor of its shared files, if it has one."""
+    holder: fence.Holder | None = None
+    """Another host that has it, if it does not run here."""
 
     @property
     def protection(self) -> str:
@@ -48,7 +51,8 @@ def look_at(guest: Guest) -> Status:
     """Look at the guest. Raises ConfigInvalid, FormatUnknown for a state that cannot be read."""
     running = find_running(guest.name)
     if running is None:
-        return Status(guest, None, 0, 0.0, False, state.load_ended(guest.name))
+        ended = state.load_ended(guest.name)
+        return Status(guest, None, 0, 0.0, False, ended, holder=_find_holder(guest))
     return Status(
         guest,
         running,
@@ -60,12 +64,18 @@ def look_at(guest: Guest) -> Status:
     )
 
 
+def _find_holder(guest: Guest) -> fence.Holder | None:
+    try:
+        return fence.find_holder(guest)
+    except (ToolError, OSError):
+        return None  # a start says what is wrong with it
+
+
 def as_text(status: Status) -> str:
     """The lines of the original, and what it did not know."""
     name, running = status.guest.name, status.running
     if running is None:
-        how = f"; {_when(status.ended)}" if status.ended else ""
-        return f"Vserver '{name}' is stopped{how}"
+        return f"Vserver '{name}' is {_stopped(status)}"
     lines = [
         f"Vserver '{name}' is running at context '{running.xid}'",
         f"Number of processes: {status.processes}",
@@ -95,7 +105,7 @@ def as_line(status: Status) -> str:
     """One line, behind the guest's name."""
     running = status.running
     if running is None:
-        return f"stopped; {_when(status.ended)}" if status.ended else "stopped"
+        return _stopped(status)
     count = "1 process" if status.processes == 1 else f"{status.processes} processes"
     monitor = "" if status.has_monitor else "; its monitor is gone"
     return f"runs, context {running.xid}, {count}, up {show_uptime(status.uptime_s)}{monitor}"
@@ -127,7 +137,9 @@ def as_json(status: Status) -> dict[str, Any]:
             values["attackers"] = [
                 {"pid": pid, "command": command} for pid, command in status.report.attackers
             ]
-    elif ended is not None:
+    if status.holder is not None:
+        values["host"] = status.holder.host
+    if running is None and ended is not None:
         values["ended"] = {
             "how": ended.how,
             "status": ended.status,
@@ -142,6 +154,12 @@ def show_uptime(seconds: float) -> str:
     days, rest = divmod(int(seconds), _DAY_S)
     clock = f"{rest // 3600:02d}:{rest % 3600 // 60:02d}"
     return f"{days} days, {clock}" if days else clock
+
+
+def _stopped(status: Status) -> str:
+    if status.holder:
+        return f"stopped here; host {status.holder.host} has it since {status.holder.since}"
+    return f"stopped; {_when(status.ended)}" if status.ended else "stopped"
 
 
 def _when(ended: Ended) -> str:

@@ -15,6 +15,8 @@ from typing import Final
 from vrun.errors import ToolError
 
 SLICE: Final = "vservers.slice"
+_STOPPER: Final = "vservers.service"
+"""At shutdown it ends before the scopes do, so that it can stop the guests in their order."""
 _BOOTED: Final = Path("/run/systemd/system")  # sd_booted(3)
 _SOCKET: Final = "/run/systemd/private"
 _TIMEOUT_S: Final = 10.0
@@ -97,6 +99,7 @@ def _scope_call(name: str, description: str) -> bytes:
         ("Delegate", "b", _number(1)),
         ("TasksMax", "t", struct.pack("<Q", _NO_LIMIT)),
         ("CollectMode", "s", _text("inactive-or-failed")),
+        ("Before", "as", _number(len(_text(_STOPPER))) + _text(_STOPPER)),
     )
     listed = b""
     for key, kind, value in properties:

@@ -21,7 +21,10 @@ _TOP_LEVEL = {".ci", ".gitignore", "Makefile", "README.md", "pyproject.toml"} | 
 _IMPORTERS = {
     "click": ("vstore/cli.py", "vstore/commands/", "vrun/commands/"),
     "tqdm": ("vstore/render.py",),
-    "ctypes": ("vstore/syscalls.py", "vrun/syscalls.py", "vrun/cow/kernel.py"),
+    "ctypes": (
+        *("vstore/syscalls.py", "vrun/syscalls.py"),
+        *("vrun/mountcalls.py", "vrun/cow/kernel.py"),
+    ),
     "paramiko": ("vstore/copy/session.py",),
 }
 _NO_NAMES = frozenset({"utils", "helpers", "common", "misc", "manager"})

@@ -17,7 +17,14 @@ from vrun.commands import (
     bulkoptions,
     entry,
     guestcommands,
+    newvserver,
     plain,
+    vapt_get,
+    vhalt,
+    vmount,
+    vreboot,
+    vrpm,
+    vserver_all,
     vserver_info,
     vservers,
 )
@@ -164,16 +171,46 @@ def test_build_explains_every_exit_code() -> None:
     assert [code for code in (0, 1, 130) if not manpages.explains_code(text, code)] == []
 
 
+# --- those of one click command
+
+
+_SINGLE = {
+    "newvserver": newvserver.command,
+    "vapt-get": vapt_get.command,
+    "vhalt": vhalt.command,
+    "vmount": vmount.command,
+    "vreboot": vreboot.command,
+    "vrpm": vrpm.command,
+    "vserver-all": vserver_all.command,
+}
+
+
+@pytest.mark.parametrize("name", sorted(_SINGLE))
+def test_a_page_explains_every_option_and_exit_code(name: str) -> None:
+    text = manpages.plain(_PAGES / f"{name}.8")
+    options = options_of(_SINGLE[name]) | {"--help"}
+    assert unsaid(section(text, "OPTIONS"), options) == []
+    assert set(manpages.explained_options(section(text, "OPTIONS"))) <= options
+    listed = {int(code) for code in re.findall(r"^(\d+)$", section(text, "EXIT STATUS"), re.M)}
+    codes = {0, vservers.EXIT_ALL, vservers.EXIT_SOME, plain.EXIT_INTERRUPTED}
+    assert listed == codes - ({vservers.EXIT_SOME} if name == "newvserver" else set())
+
+
 # --- vservers(8)
 
 
 def test_vservers_explains_every_word_and_option() -> None:
     text = manpages.plain(_VSERVERS)
-    assert set(subsections(text)) == set(vservers.COMMANDS)
-    assert [word for word in vservers.COMMANDS if word not in section(text, "SYNOPSIS")] == []
+    words = {*vservers.COMMANDS, *bulkoptions.MORE}
+    assert set(subsections(text)) == words
+    assert [word for word in words if word not in section(text, "SYNOPSIS")] == []
     options = options_of(bulkoptions.command) | {"--help"}
     assert unsaid(section(text, "OPTIONS"), options) == []
     assert set(manpages.explained_options(section(text, "OPTIONS"))) <= options
+    for word, module in bulkoptions.MORE.items():
+        own = options_of(importlib.import_module(module).command)
+        assert unsaid(subsection(text, word), own - options) == []
+        assert set(manpages.explained_options(subsection(text, word))) <= own
 
 
 def test_vservers_explains_every_exit_code() -> None:
@@ -189,8 +226,8 @@ each_command = pytest.mark.parametrize("name", sorted(_ONE_COMMAND))
 
 
 def test_each_command_has_a_page_and_each_page_a_command() -> None:
-    pages = {page.stem for page in _PAGES.iterdir()}
-    assert pages == {*_ONE_COMMAND, *_WITH_WORDS}
+    pages = {page.stem for page in _PAGES.glob("*.8")}
+    assert pages == {*_ONE_COMMAND, *_SINGLE, *_WITH_WORDS}
 
 
 @each_command

@@ -44,6 +44,13 @@ class _Reader:
         if kind == "au":
             count = self.take("I", 4) // 4
             return [self.take("I", 4) for _ in range(count)]
+        if kind == "as":
+            end = self.take("I", 4) + self._at
+            found = []
+            while self._at < end:
+                found.append(self.text())
+            assert self._at == end
+            return found
         if kind in "sog":
             return self.text("B" if kind == "g" else "I")
         return self.take(*{"b": ("I", 4), "t": ("Q", 8), "u": ("I", 4)}[kind])
@@ -140,6 +147,7 @@ def test_the_call_asks_for_a_delegated_scope_with_this_process(
         "Delegate": 1,
         "TasksMax": 2**64 - 1,
         "CollectMode": "inactive-or-failed",
+        "Before": ["vservers.service"],
     }
     assert dict(body.pairs("s")) == {}
     assert body.is_at_end()

@@ -1,7 +1,8 @@
 """vservers: start, stop and look at many guests with one command.
 
-`vservers COMMAND [--all] [-j N] [NAME...]`. One guest's trouble never stops the others: it is shown
-where it happens, and counted at the end. Which guests are meant is decided here and nowhere else.
+`vservers COMMAND [--all | --mark M | NAME...] [-j N]`. One guest's trouble stops no others but
+those that need it: it is shown where it happens, and counted at the end. Which guests are meant,
+and in which order they come, is decided in roster.py.
 """
 
 import gc
@@ -9,21 +10,23 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
-from typing import Any, Final, NoReturn
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Final, Literal, NoReturn
 
-from vrun import crowd, lifecycle, names, state, status
+from vrun import crowd, lifecycle, names, roster, state, status
 from vrun.commands import plain
+from vrun.commands.headway import Headway
 from vrun.commands.plain import say, show, show_failure
 from vrun.control import Outcome
 from vrun.crowd import Crowd, Result
-from vrun.errors import ToolError, WrongUsage
+from vrun.graph import Before
 from vrun.lifecycle import Hearer
 from vrun.order import Order
+from vrun.roster import Plan, Wanted, Word
 from vrun.state import find_running
-from vstore.guest import list_guests
-from vstore.record import dataclass
+from vstore.record import dataclass, replace
+
+BulkWord = Word | Literal["status"]
 
 PROGRAM: Final = "vservers"
 EXIT_ALL: Final = 1
@@ -40,7 +43,6 @@ _ORDER: Final = Order(sync=True)
 class Command:
     """One of the words of the command line."""
 
-    work: crowd.Work
     done: str
     """What the summary says of a guest of which it is true, ..."""
     failed: str = "failed"
@@ -60,39 +62,80 @@ def main() -> NoReturn:
 
 def _run(words: Sequence[str]) -> int:
     """Parse the command line; what has no options but --all is done without click."""
-    word, *rest = words or [""]
-    if word not in COMMANDS or any(one.startswith("-") and one != "--all" for one in rest):
+    first, *rest = words or [""]
+    word = find_command(first)
+    if word is None or any(one.startswith("-") and one != "--all" for one in rest):
         from vrun.commands import bulkoptions
 
         return bulkoptions.main(words)
-    guests = [one for one in rest if one != "--all"]
-    return carry_out(word, guests, everyone=len(guests) < len(rest))
+    guests = tuple(one for one in rest if one != "--all")
+    return carry_out(word, Wanted(guests, everyone=len(guests) < len(rest)))
 
 
-def carry_out(
-    word: str, guests: Sequence[str], *, everyone: bool, jobs: int = 0, as_json: bool = False
-) -> int:
+def find_command(text: str) -> BulkWord | None:
+    """The one of COMMANDS that the text is."""
+    return next((word for word in COMMANDS if word == text), None)
+
+
+def carry_out(word: BulkWord, wanted: Wanted, *, jobs: int = 0, as_json: bool = False) -> int:
     """Carry out one of COMMANDS; the exit code. `jobs`: so many guests at a time, 0: as fits.
 
     Raises WrongUsage where no guest is named.
     """
-    command = COMMANDS[word]
-    chosen = _choose(guests, everyone=everyone or (word == "status" and not guests))
+    plan = _plan(word, wanted)
     if word in ("start", "restart"):
         from vrun import chbind, monitor  # noqa: F401 (once, for all processes)
-    work = command.work
-    if as_json:
-        work = _status_as_json
+    headway = Headway(len({name for _, name in plan.before} | plan.refused.keys()))
     tally = Counter[bool]()
-    results: Iterable[Result] = Crowd(jobs or default_jobs(), _say, _warn).do(chosen, work)
+    for warning in plan.warnings:
+        show(warning, start=PROGRAM)
+    results: Iterable[Result] = _results(word, plan, jobs, headway, as_json=as_json)
     if word == "status":
-        results = sorted(results, key=lambda result: chosen.index(result.name))
+        results = sorted(results, key=lambda result: plan.chosen.index(result.name))
     for result in results:
         tally[result.outcome.code == 0] += 1
+        headway.count()
+        headway.clear()
         _show(result, as_json=as_json)
-    if len(chosen) != 1 and not as_json:
-        say(_summary(command, tally))
+    if tally.total() != 1 and not as_json:
+        say(_summary(COMMANDS[word], tally))
     return _code(tally)
+
+
+def _plan(word: BulkWord, wanted: Wanted) -> Plan:
+    """Which guests are meant, and what before what. Raises WrongUsage."""
+    if word == "status" and not wanted.names and not wanted.is_filter:
+        wanted = replace(wanted, everyone=True)
+    if wanted.is_filter:
+        _show_what_is_logged()
+    chosen = roster.choose(wanted)
+    if word == "status":
+        return Plan(tuple(chosen), {("status", name): Before() for name in chosen}, {})
+    return roster.plan(word, chosen, by_mark=bool(wanted.marks))
+
+
+def _results(
+    word: BulkWord, plan: Plan, jobs: int, headway: Headway, *, as_json: bool
+) -> Iterator[Result]:
+    """One for each guest, as they come."""
+    for name, reason in plan.refused.items():
+        yield Result((word, name), Outcome(1, f"guest {name}: {reason}"))
+    speaker = _Speaker(headway)
+    many = Crowd(jobs or default_jobs(), speaker.say, speaker.warn, headway.show)
+    results = many.do(plan.before, WORKS | {"status": _status_as_json} if as_json else WORKS)
+    yield from _of_both(results, plan) if word == "restart" else results
+
+
+def _of_both(results: Iterable[Result], plan: Plan) -> Iterator[Result]:
+    """Of a guest that is stopped and started, one result: what has failed, or the last."""
+    told: set[str] = set()
+    for result in results:
+        word, name = result.key
+        if name in told or (word == "stop" and result.outcome.code == 0):
+            continue
+        told.add(name)
+        is_both = result.outcome == STARTED and ("stop", name) in plan.before
+        yield replace(result, outcome=Outcome(0, "restarted")) if is_both else result
 
 
 def default_jobs() -> int:
@@ -100,32 +143,19 @@ def default_jobs() -> int:
     return max(_FEWEST_JOBS, 2 * len(os.sched_getaffinity(0)))
 
 
-def _choose(guests: Sequence[str], *, everyone: bool) -> list[str]:
-    """The names that are meant, each once, in the order of the command line."""
-    if everyone and guests:
-        raise WrongUsage("--all and names of guests exclude each other")
-    if not everyone and not guests:
-        raise WrongUsage("which guests?", hint="name them, or say --all")
-    return list(dict.fromkeys(map(_name_of, guests))) if guests else _list_all()
-
-
-def _name_of(word: str) -> str:
-    """The guest's name, as far as `word` is one: if not, that is said of it in its turn."""
-    with suppress(ToolError):
-        return names.name_of(word)
-    return word
-
-
-def _list_all() -> list[str]:
-    import logging  # what is left out is said there
+def _show_what_is_logged() -> None:
+    """Such as guests that are left out."""
+    import logging
 
     from vrun.commands.logged import Shown
 
     logging.basicConfig(handlers=[Shown(PROGRAM)])
-    return [guest.name for guest in list_guests()]
 
 
 # --- what is done to one guest
+
+
+STARTED: Final = Outcome(0, "started")
 
 
 def _start(name: str, hearer: Hearer) -> Outcome:
@@ -133,7 +163,7 @@ def _start(name: str, hearer: Hearer) -> Outcome:
     if find_running(guest.name) and state.is_held(guest.name):
         return Outcome(0, "runs already")
     lifecycle.start(guest, _ORDER, hearer)
-    return Outcome(0, "started")
+    return STARTED
 
 
 def _stop(name: str, hearer: Hearer) -> Outcome:
@@ -143,12 +173,6 @@ def _stop(name: str, hearer: Hearer) -> Outcome:
         return Outcome(0, "does not run")
     lifecycle.stop(guest, _ORDER, hearer)
     return Outcome(0, "stopped")
-
-
-def _restart(name: str, hearer: Hearer) -> Outcome:
-    _stop(name, hearer)
-    _start(name, hearer)
-    return Outcome(0, "restarted")
 
 
 def _status(name: str, hearer: Hearer) -> Outcome:
@@ -168,11 +192,13 @@ def _look(name: str, hearer: Hearer) -> status.Status:
     return status.look_at(guest)
 
 
-COMMANDS: Final = {
-    "start": Command(_start, "started"),
-    "stop": Command(_stop, "stopped"),
-    "restart": Command(_restart, "restarted"),
-    "status": Command(_status, "running", "not"),
+WORKS: Final[dict[str, crowd.Work]] = {"start": _start, "stop": _stop, "status": _status}
+
+COMMANDS: Final[dict[BulkWord, Command]] = {
+    "start": Command("started"),
+    "stop": Command("stopped"),
+    "restart": Command("restarted"),
+    "status": Command("running", "not"),
 }
 
 
@@ -187,12 +213,19 @@ def _show(result: Result, *, as_json: bool) -> None:
         show_failure(_about(result.name, outcome.message), outcome.hint, start=PROGRAM)
 
 
-def _say(name: str, text: str) -> None:
-    say(f"{name}: {text}")
+@dataclass(frozen=True, slots=True)
+class _Speaker:
+    """Shows what is told of guests meanwhile."""
 
+    headway: Headway
 
-def _warn(name: str, text: str) -> None:
-    show(_about(name, text), start=PROGRAM)
+    def say(self, name: str, text: str) -> None:
+        self.headway.clear()
+        say(f"{name}: {text}")
+
+    def warn(self, name: str, text: str) -> None:
+        self.headway.clear()
+        show(_about(name, text), start=PROGRAM)
 
 
 def _about(name: str, text: str) -> str:
