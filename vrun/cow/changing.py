@@ -285,13 +285,15 @@ def _break_open(
     wanted = flags & _REOPENED
     desk.roots.enter(asked.call.tid)
     asked.listener.check(asked.call.id)
-    if not desk.find_name(place, ino):
+    found_ino = desk.find_name(place, ino, asked.begun)
+    if not found_ino:
         desk.roots.go_home()
         with desk.telling():
             return _copy_of_deleted(desk, place.fd, status, check, wanted)
-    target = Target(place.folder_fd, place.name, ino, status.credentials)
-    copy_ino = desk.break_found(asked, target, check, at_once=True)
-    return open_regular(desk.shop, place.folder_fd, place.name, copy_ino, wanted)
+    if found_ino == ino:
+        target = Target(place.folder_fd, place.name, ino, status.credentials, place.text)
+        found_ino = desk.break_found(asked, target, check, at_once=True)
+    return open_regular(desk.shop, place.folder_fd, place.name, found_ino, wanted)
 
 
 def _copy_of_deleted(

@@ -100,12 +100,14 @@ class Place:
     """Where a path ends: a file, and the folder and the name by which it was reached.
 
     The descriptors are O_PATH and belong to this; `folder_fd` is -1 where the path led through a
-    descriptor of a process, and `fd` is -1 where nothing has that name.
+    descriptor of a process, and `fd` is -1 where nothing has that name. `text` is the path that the
+    kernel gave for a descriptor, if the name was found by that.
     """
 
     fd: int
     folder_fd: int = -1
     name: bytes = b""
+    text: bytes = b""
 
     def close(self) -> None:
         for fd in (self.fd, self.folder_fd):
@@ -167,7 +169,7 @@ def walk_back(path: bytes) -> Place:
             next_fd = os.open(folder, _FOLDER | os.O_NOFOLLOW, dir_fd=here_fd)
             os.close(here_fd)
             here_fd = next_fd
-        place = Place(os.open(name, _LOOK, dir_fd=here_fd), here_fd, name)
+        place = Place(os.open(name, _LOOK, dir_fd=here_fd), here_fd, name, path)
         here_fd = -1
         return place
     finally:
