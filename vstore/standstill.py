@@ -3,8 +3,7 @@ times in a row without having run for as long.
 """
 
 import time
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from typing import Final
 
@@ -12,7 +11,7 @@ from vstore import freezer
 from vstore.plan import Slot
 from vstore.window import Windows
 
-_TRIES: Final = 3  # a guest that does not stand still is put off to the next run
+_TRIES: Final = 5  # a guest that does not stand still is put off to the next run
 _SPAN_S: Final = 0.01
 """How long a guest shall stand still at most; a slow disk or a busy machine makes it longer."""
 _LONGEST_BREATH_S: Final = 0.05
@@ -29,7 +28,7 @@ class Standstill:
     def __init__(self, cgroups: Sequence[str], windows: Windows) -> None:
         self._cgroups = cgroups
         self._windows = windows
-        self._restless: Counter[str] = Counter()  # how often in a row one could not be held
+        self._restless: set[str] = set()  # guests that could not be held
         self._piece = float(_FIRST_PIECE)
         self._began_s = 0.0
         self._names = 0
@@ -60,32 +59,33 @@ class Standstill:
         """Hold the guests of these trees still until the stack unwinds; those that cannot be are in
         `moving`. Raises PoolBusy, NoSpace.
         """
+        paths = sorted({self._cgroups[tree] for tree in trees} - {""} - self._restless)
         cgroups: dict[str, int] = {}
-        for path in sorted({self._cgroups[tree] for tree in trees} - {""}):
+        for path in paths:
             with suppress(OSError):  # the guest has just stopped
-                if self._restless[path] < _TRIES:
-                    cgroups[path] = stack.enter_context(freezer.opened(path))
+                cgroups[path] = stack.enter_context(freezer.opened(path))
         if cgroups:
             stack.callback(self._let_breathe)  # before another program may hold them
             stack.enter_context(self._windows.holding(cgroups))
-        self._began_s = time.monotonic()
-        still = {path for path, fd in cgroups.items() if self._freeze(path, fd, stack)}
+        still = self._freeze_all(cgroups, stack)
+        self._restless |= cgroups.keys() - still
         self.moving = {
             tree for tree in trees if self._cgroups[tree] and self._cgroups[tree] not in still
         }
 
-    def _freeze(self, path: str, fd: int, stack: ExitStack) -> bool:
-        """Hold one guest still until the stack unwinds; one that cannot be runs on at once."""
-        attempt = ExitStack()
-        with suppress(OSError):
-            if attempt.enter_context(freezer.frozen(path, fd)):
-                stack.push(attempt)
-                self._restless[path] = 0
-                return True
-        self._restless[path] += 1
-        with suppress(OSError):
+    def _freeze_all(self, cgroups: Mapping[str, int], stack: ExitStack) -> set[str]:
+        """Hold guests still, all or after some tries those that can be; returns their cgroups."""
+        for turn in range(_TRIES):
+            if turn:
+                time.sleep(_LONGEST_BREATH_S)
+            self._began_s = time.monotonic()
+            attempt = ExitStack()
+            still = {path for path, fd in cgroups.items() if _freeze(path, fd, attempt)}
+            if len(still) == len(cgroups) or turn == _TRIES - 1:
+                break
             attempt.close()
-        return False
+        stack.push(attempt)
+        return still
 
     def _let_breathe(self) -> None:
         """Let the guests run for as long as they stood still, and learn from how long that was."""
@@ -95,3 +95,15 @@ class Standstill:
         elif span_s < _SPAN_S / 2 and self._names >= self._piece:
             self._piece = min(_LARGEST_PIECE, self._piece * 1.5)
         time.sleep(min(span_s, _LONGEST_BREATH_S))
+
+
+def _freeze(path: str, fd: int, stack: ExitStack) -> bool:
+    """Hold one guest still until the stack unwinds; one that cannot be runs on at once."""
+    attempt = ExitStack()
+    with suppress(OSError):
+        if attempt.enter_context(freezer.frozen(path, fd)):
+            stack.push(attempt)
+            return True
+    with suppress(OSError):
+        attempt.close()
+    return False
