@@ -1,9 +1,6 @@
-"""What every call of a guest is served with: where its path leads, whether that is frozen, and how
-the call is answered.
-
-Almost all calls concern files that are not frozen. They are let go on after one look, with as few
-system calls as can be. The rest is looked at again, slowly: with the caller's rights, component by
-component.
+"""What a call of a guest is served with that the quick look did not let go on: where its path leads
+with the caller's rights, component by component, whether that is frozen, and how the call is
+answered.
 """
 
 import errno
@@ -89,29 +86,9 @@ class Desk:
         self.in_work: set[int] = set()
         """Inode numbers whose copies other processes make at the moment."""
 
-    # --- the quick look
-
-    def is_plain(self, call: Call, directory: int, address: int, flags: int) -> bool:
-        """Whether the path at `address` leads to nothing that is frozen, for all we can see without
-        taking the caller's place; or to nothing at all.
-        """
-        tid = call.tid
-        try:
-            text = kernel.read_text(tid, address)
-            if not text:
-                return True
-            found = self.roots.look(tid, directory, text, flags)
-        except OSError as error:
-            if error.errno != errno.ENOENT:
-                return error.errno not in (errno.EACCES, errno.EPERM)
-            return text is not None and self.roots.is_surely_absent(tid, directory, text)
-        return not (found[0] & kernel.IMMUTABLE and stat.S_ISREG(found[2]))
-
     def is_empty(self, call: Call, address: int) -> bool:
         """Whether the path at `address` is empty, or there is none."""
         return not address or kernel.read_text(call.tid, address) == b""
-
-    # --- the slow one
 
     @contextmanager
     def located(

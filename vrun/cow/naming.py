@@ -18,7 +18,6 @@ from vrun.cow import rights
 from vrun.cow.breaking import Changed, Held, check_object, open_shared, thaw_alone
 from vrun.cow.desk import Answered, Asked, Desk, Found
 from vrun.cow.kernel import AT_EMPTY_PATH, AT_FDCWD, AT_REMOVEDIR, AT_SYMLINK_FOLLOW
-from vrun.cow.kernel import AT_SYMLINK_NOFOLLOW as NOFOLLOW
 from vrun.cow.notifications import Begun
 from vrun.cow.paths import Place
 from vstore import inode, syscalls
@@ -31,8 +30,6 @@ def unlinkat(desk: Desk, asked: Asked, directory: int, address: int, flags: int)
     if flags & AT_REMOVEDIR:
         return
     _check_undone(desk, asked, directory, address)
-    if desk.is_plain(asked.call, directory, address, NOFOLLOW):
-        return
     for _ in range(_TRIES):
         with desk.located(asked, directory, address, follow=False) as found:
             if found is None or not found.place.name:
@@ -54,8 +51,6 @@ def renameat(
 ) -> None:
     old, new = (directory, address), (new_directory, new_address)
     _check_undone(desk, asked, *old)
-    if all([desk.is_plain(asked.call, *path, NOFOLLOW) for path in (old, new)]):
-        return
     for _ in range(_TRIES):
         with _both(desk, asked, old, new) as (frozen, places):
             if not frozen or not all(place.name for place in places):
@@ -178,8 +173,6 @@ def linkat(
     follow = bool(flags & AT_SYMLINK_FOLLOW)
     if flags & AT_EMPTY_PATH and desk.is_empty(asked.call, address):
         return  # names nothing that could be broken: EPERM for a frozen file
-    if desk.is_plain(asked.call, directory, address, 0 if follow else NOFOLLOW):
-        return
     place, status = desk.walk(asked, new_directory, new_address, follow=False)
     if place is None:
         return

@@ -33,6 +33,10 @@ _PAGE_SIZE: Final = 8192
 """fcntl.ioctl() hands buffers over 1,024 bytes to the kernel as they are, smaller ones by a copy
 that a kill may catch half way."""
 
+_go_on: Final = bytearray(_PAGE_SIZE)
+"""The answer that lets a call go on; nothing but the call's id changes."""
+_RESPONSE.pack_into(_go_on, 0, 0, 0, 0, CONTINUE)
+
 _WHOSE: Final = struct.Struct("=i")
 _WHOSE_PLACE: Final = 128
 _RESULT: Final = struct.Struct("=qi")
@@ -111,10 +115,6 @@ class Page:
     def __init__(self) -> None:
         """Shared with every process that is forked from this one."""
         self.memory = mmap.mmap(-1, _PAGE_SIZE)
-
-    def note_listener(self, place: int) -> None:
-        """What comes next comes from this listener."""
-        _WHOSE.pack_into(self.memory, _WHOSE_PLACE, place)
 
     def note_result(self, call_id: int, value: int, error: int) -> None:
         """The call has been carried out."""
@@ -209,13 +209,14 @@ class Listener:
         _ioctl: Any = fcntl.ioctl,
         _make: Any = Call._make,
         _unpack: Any = _NOTIFICATION.unpack_from,
+        _note: Any = _WHOSE.pack_into,
     ) -> Call | None:
         """The next call; None where it has gone meanwhile. Only after poll(2) said that one is
         there. It stays in the page until the next one.
         """
         memory = self._memory
         memory[:SIZE] = _EMPTY
-        self.page.note_listener(self.place)
+        _note(memory, _WHOSE_PLACE, self.place)
         try:
             _ioctl(self.fd, RECV, memory)
         except OSError as error:
@@ -226,10 +227,13 @@ class Listener:
         call: Call = _make(_unpack(memory))
         return call
 
-    def go_on(self, call_id: int, *, _ioctl: Any = fcntl.ioctl) -> None:
+    def go_on(
+        self, call_id: int, *, _ioctl: Any = fcntl.ioctl, _id_into: Any = _ID.pack_into
+    ) -> None:
         """Let the kernel carry the call out; no harm where nobody waits any more."""
         try:
-            _ioctl(self.fd, SEND, _RESPONSE.pack(call_id, 0, 0, CONTINUE))
+            _id_into(_go_on, 0, call_id)
+            _ioctl(self.fd, SEND, _go_on)
         except OSError as error:
             if error.errno != errno.ENOENT:
                 raise

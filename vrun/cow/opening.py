@@ -12,7 +12,7 @@ from typing import Final
 from vrun.cow import rights
 from vrun.cow.breaking import Break, Changed, Check, open_regular
 from vrun.cow.desk import Answered, Asked, Desk, Found
-from vrun.cow.kernel import AT_FDCWD, AT_SYMLINK_NOFOLLOW
+from vrun.cow.kernel import AT_FDCWD
 
 _NOT_FOR_REOPENING: Final = os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
 _CREAT: Final = os.O_CREAT | os.O_WRONLY | os.O_TRUNC
@@ -24,8 +24,6 @@ def openat(desk: Desk, asked: Asked, directory: int, address: int, flags: int) -
     Deferred, Gone, or OSError where it will fail by itself.
     """
     follow = not flags & os.O_NOFOLLOW
-    if desk.is_plain(asked.call, directory, address, 0 if follow else AT_SYMLINK_NOFOLLOW):
-        return
     if flags & os.O_DIRECTORY:
         return  # ENOTDIR
     check = _access_check(desk, flags)
@@ -48,8 +46,6 @@ def creat(desk: Desk, asked: Asked, address: int) -> None:
 
 
 def truncate(desk: Desk, asked: Asked, address: int, length: int) -> None:
-    if desk.is_plain(asked.call, AT_FDCWD, address, 0):
-        return
     check = _access_check(desk, os.O_WRONLY)
     desk.break_path(
         *(asked, AT_FDCWD, address, check),

@@ -26,9 +26,10 @@ from vrun.cow import heir
 from vrun.cow.breaking import Break, Changed, Held, Workshop
 from vrun.cow.desk import Answered, Asked, Deferred, Desk
 from vrun.cow.dispatch import BY_NUMBER
-from vrun.cow.notifications import Gone, Left, Listener, Page
+from vrun.cow.notifications import Call, Gone, Left, Listener, Page
 from vrun.cow.objects import Objects
 from vrun.cow.paths import Roots
+from vrun.cow.quick import LOOKS, IsPlain
 from vrun.cow.rights import Own
 from vrun.errors import ToolError
 from vrun.noimports import refuse_imports
@@ -191,18 +192,25 @@ class Supervisor:
         for left in self._page.load_all():
             self._redo(left)
         poll, listeners = self._poll.poll, self._listeners
+        wait_ms: float | None = None
+        is_calm = False  # nothing has happened that could change how long to wait
         while True:
-            events = poll(self._timeout_ms())
+            if wait_ms is not None or not is_calm:
+                wait_ms, is_calm = self._timeout_ms(), True
+            events = poll(wait_ms)
             if not (events or self._is_prepared):
                 self._prepare()
             for fd, event in events:
                 listener = listeners.get(fd)
+                if listener is not None and event & select.POLLIN:
+                    call = listener.receive()
+                    if call is not None and not self._let_pass(listener, call):
+                        is_calm = False
+                        self._serve(Asked(listener=listener, call=call))
+                    continue
+                is_calm = False
                 if listener is None:
                     self._attend(fd)
-                elif event & select.POLLIN:
-                    call = listener.receive()
-                    if call is not None:
-                        self._serve(Asked(listener=listener, call=call))
                 else:
                     self._end(fd)
 
@@ -215,6 +223,19 @@ class Supervisor:
         self._shop.objects.load()
 
     # --- calls
+
+    def _let_pass(
+        self, listener: Listener, call: Call, *, _looks: dict[tuple[int, int], IsPlain] = LOOKS
+    ) -> bool:
+        """Let a call go on that concerns nothing frozen; False: it is to be served."""
+        try:
+            is_plain = _looks.get((call[4], call[3]))  # architecture and number
+            if is_plain is not None and not is_plain(self._shop.roots, call):
+                return False
+        except OSError:
+            return False  # the caller is gone, most likely
+        listener.go_on(call[0])
+        return True
 
     def _serve(self, asked: Asked) -> None:
         listener, call = asked.listener, asked.call
