@@ -49,7 +49,8 @@ def _server() -> Iterator[m.Dialogue]:
         channel = Channel(fd, fd, peer="honest", silence_s=20)
         dialogue = m.Dialogue(channel)
         try:
-            m.greet(dialogue, "hostile", "nowhere")
+            m.say_hello(dialogue, "hostile", "nowhere")
+            m.hear_hello(dialogue, "hostile")
             yield dialogue
         finally:
             channel.close(wait_s=0)

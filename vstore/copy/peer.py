@@ -8,26 +8,23 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from vstore import __version__
-from vstore.copy.messages import Dialogue, Done, Hostile, Request, greet
+from vstore.copy.access import Session
+from vstore.copy.messages import Dialogue, Done, Hostile, Request, hear_hello, say_hello
 from vstore.copy.receiving import receive_guest
-from vstore.copy.sending import send_guest
+from vstore.copy.sending import Outgoing
 from vstore.copy.wire import Channel, ConnectionLost
 from vstore.errors import NoSpace, ToolError
 from vstore.guest import parse_name
 from vstore.progress import SILENT
 
-if TYPE_CHECKING:
-    from vstore.copy.session import Access
-
 log = logging.getLogger(__name__)
 
-PROGRAM: Final = "vserver-copy"
 _SAID_AT_MOST: Final = 2000
 _NO_ROOM: Final = frozenset((28, 122))  # ENOSPC, EDQUOT
 
@@ -40,7 +37,8 @@ def serve(read_fd: int, write_fd: int, *, peer: str) -> int:
     channel = Channel(read_fd, write_fd, peer=peer)
     dialogue = Dialogue(channel)
     try:
-        greet(dialogue, __version__, socket.gethostname())
+        say_hello(dialogue, __version__, socket.gethostname())
+        hear_hello(dialogue, __version__)
         while (request := dialogue.expect(Request)).task != "end":
             _answer(dialogue, request)
     except (ToolError, OSError) as error:
@@ -60,7 +58,8 @@ def _answer(dialogue: Dialogue, request: Request) -> None:
     if request.task == "receive":
         receive_guest(dialogue, request, SILENT)
     elif request.task == "send":
-        send_guest(dialogue, request, SILENT)
+        with Outgoing(request) as outgoing:
+            outgoing.send(dialogue, SILENT)
     elif request.task in ("start", "stop"):
         dialogue.send(run_vserver(request.target, request.task))
     else:
@@ -124,28 +123,39 @@ def local_peer() -> Iterator[Dialogue]:
     channel = Channel(fd, fd, peer="the other process")
     try:
         dialogue = Dialogue(channel)
-        greet(dialogue, __version__, "")
+        say_hello(dialogue, __version__, "")
+        hear_hello(dialogue, __version__)
         yield dialogue
     finally:
         channel.close()
         os.waitpid(pid, 0)
 
 
-@contextmanager
-def remote_peer(access: "Access", command: str) -> Iterator[Dialogue]:
-    """The program on another machine, over ssh. Raises what `session.connect` raises."""
-    from vstore.copy import session  # 150 ms that only this needs
+Meanwhile = Callable[[Callable[[], bool]], None]
+"""What to do until something has come."""
 
-    found = session.connect(access, command)
-    fd = os.dup(found.end.fileno())
-    channel = Channel(fd, fd, peer=access.shown)
+
+@contextmanager
+def remote_peer(session: Session, meanwhile: Meanwhile | None) -> Iterator[Dialogue]:
+    """The program on another machine, over ssh; there is time for something else before it answers.
+
+    Raises what `Session.wait` raises.
+    """
+    if meanwhile is not None:
+        meanwhile(lambda: session.is_settled)
+    session.wait()
+    fd = os.dup(session.end.fileno())
+    channel = Channel(fd, fd, peer=session.host)
     try:
         dialogue = Dialogue(channel)
-        greet(dialogue, __version__, socket.gethostname())
+        say_hello(dialogue, __version__, socket.gethostname())
+        if meanwhile is not None:
+            meanwhile(lambda: channel.has_news)
+        hear_hello(dialogue, __version__)
         yield dialogue
     except ConnectionLost as error:
         channel.close(wait_s=0)
-        raise found.explain(error) from error
+        raise session.explain(error) from error
     finally:
         channel.close()
-        found.close()
+        session.close()

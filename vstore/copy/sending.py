@@ -1,14 +1,16 @@
 """One pass from the side of the guest that is copied."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Self
 
 from vstore import exclude
 from vstore.copy.identity import identity_of, rewrite_files
-from vstore.copy.listing import Listing, measure
-from vstore.copy.messages import Dialogue, Request, Result, Source, Target
+from vstore.copy.listing import Listed, Listing, measure
+from vstore.copy.messages import BATCHES_AHEAD, Dialogue, Request, Result, Source, Target
 from vstore.copy.sender import Sender
 from vstore.copy.settings import collect_settings, is_old_style
 from vstore.errors import ToolError
@@ -19,37 +21,85 @@ from vstore.progress import Progress
 from vstore.targets import choose_pool
 
 
-def send_guest(dialogue: Dialogue, request: Request, progress: Progress) -> tuple[Source, Result]:
-    """Send the guest that the request names; returns what it is, and what became of it there.
+class Outgoing:
+    """The guest that a request names, held for one pass. A context manager, which may be entered
+    twice: the first exit lets everything go.
 
-    Raises GuestNotFound, PoolBusy, ConfigInvalid, ConnectionLost, what the receiver raised.
+    Raises GuestNotFound, PoolBusy, ConfigInvalid.
     """
-    guest = load_guest(request.source)
-    pool_path = choose_pool([guest], None)
-    with (
-        hold_guests([guest], pool_path, offline=True) as (held,),
-        _opened(pool_path, is_dry=request.dry_run) as pool,
-    ):
-        source = _describe(guest, held)
+
+    def __init__(self, request: Request) -> None:
+        self._request = request
+        self._guest = load_guest(request.source)
+        self._stack = ExitStack()
+        try:
+            pool_path = choose_pool([self._guest], None)
+            holding = hold_guests([self._guest], pool_path, offline=True)
+            (self._held,) = self._stack.enter_context(holding)
+            opened = _opened(pool_path, is_dry=request.dry_run)
+            self._pool = self._stack.enter_context(opened)
+            self._source = _describe(self._guest, self._held)
+        except BaseException:
+            self._stack.close()
+            raise
+        self._listing: Listing | None = None
+        self._batches: Iterator[Listed] = iter(())
+        self._ahead: deque[Listed] = deque()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def list_ahead(self, is_enough: Callable[[], bool]) -> None:
+        """List, as far as memory allows, until it is enough: the other side is not there yet."""
+        if self._listing is None:
+            self._list({})
+        while not is_enough() and len(self._ahead) < BATCHES_AHEAD:
+            batch = next(self._batches, None)
+            if batch is None:
+                break
+            self._ahead.append(batch)
+
+    def _list(self, rewritten: dict[bytes, bytes]) -> Listing:
+        listing = Listing(
+            self._held.fd,
+            self._pool,
+            exclude.load_for(self._guest),
+            rewritten=rewritten,
+            is_still=not self._held.is_running,
+            keeps_blocks=self._request.refresh,
+            keeps_contents=not self._request.dry_run,
+        )
+        self._stack.callback(listing.close)
+        self._ahead.clear()
+        self._listing, self._batches = listing, listing.batches()
+        return listing
+
+    def _all_batches(self) -> Iterator[Listed]:
+        """Those that were listed ahead, and the others."""
+        while self._ahead:
+            yield self._ahead.popleft()
+        yield from self._batches
+
+    def send(self, dialogue: Dialogue, progress: Progress) -> tuple[Source, Result]:
+        """Send it all; returns what the guest is, and what became of it there.
+
+        Raises ConnectionLost, Hostile, what the receiver raised.
+        """
+        source = self._source
         dialogue.send(source)
         target = dialogue.expect(Target)
-        rewritten = rewrite_files(held.fd, source.identity, target.identity)
+        rewritten = rewrite_files(self._held.fd, source.identity, target.identity)
         result = Result()
-        for _ in range(2 if target.is_tight else 1):
+        for turn in range(2 if target.is_tight else 1):
             progress.phase("copy", source.bytes, "bytes")
-            listing = Listing(
-                held.fd,
-                pool,
-                exclude.load_for(guest),
-                rewritten=rewritten,
-                is_still=not held.is_running,
-                keeps_blocks=request.refresh,
-            )
-            try:
-                sender = Sender(dialogue, held.fd, listing, rewritten, progress)
-                result = sender.send(is_refresh=request.refresh)
-            finally:
-                listing.close()
+            listing = self._listing
+            if listing is None or turn or rewritten:
+                listing = self._list(rewritten)
+            sender = Sender(dialogue, self._held.fd, listing, rewritten, progress)
+            result = sender.send(self._all_batches(), is_refresh=self._request.refresh)
             if result.same:
                 break
         return source, result
