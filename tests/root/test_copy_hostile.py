@@ -49,8 +49,7 @@ def _server() -> Iterator[m.Dialogue]:
         channel = Channel(fd, fd, peer="honest", silence_s=20)
         dialogue = m.Dialogue(channel)
         try:
-            m.say_hello(dialogue, "hostile", "nowhere")
-            m.hear_hello(dialogue, "hostile")
+            m.greet(dialogue, "hostile", "nowhere")
             yield dialogue
         finally:
             channel.close(wait_s=0)

@@ -7,7 +7,6 @@ over there, this one has time to list a guest. Nothing here imports paramiko.
 import contextlib
 import json
 import os
-import select
 import signal
 import socket
 from collections.abc import Sequence
@@ -73,11 +72,6 @@ class Session:
         os.close(status_write)
         self._status: TextIOWrapper = os.fdopen(status_read, encoding="utf-8", errors="replace")
         self._is_connected = False
-
-    @property
-    def is_settled(self) -> bool:
-        """Whether the other machine has been reached, or cannot be."""
-        return self._is_connected or bool(select.select([self._status], [], [], 0)[0])
 
     def wait(self) -> None:
         """Wait until the program has been started.

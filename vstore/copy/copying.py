@@ -3,18 +3,22 @@
 import logging
 import time
 from contextlib import AbstractContextManager, ExitStack
+from typing import Final
 
 import msgspec
 
-from vstore.copy.messages import Dialogue, Done, Request, Source
+from vstore.copy.messages import Dialogue, Done, Hostile, Request, Source
 from vstore.copy.order import Order, Report
 from vstore.copy.peer import local_peer, remote_peer, run_vserver, set_up
 from vstore.copy.receiving import receive_guest
-from vstore.copy.sending import Outgoing
+from vstore.copy.sending import Outgoing, is_free
 from vstore.errors import ToolError
 from vstore.progress import Progress
 
 log = logging.getLogger(__name__)
+
+_WAIT_S: Final = 30.0
+_POLL_S: Final = 0.05
 
 
 def copy_guest(order: Order, progress: Progress) -> Report:
@@ -23,9 +27,11 @@ def copy_guest(order: Order, progress: Progress) -> Report:
     report = Report()
     with ExitStack() as stack:
         ready = None
-        if order.session is not None and not order.source.host:
+        is_sent = order.session is not None and not order.source.host
+        if is_sent and is_free(order.source.name):  # who has to wait calls the other side first
             ready = stack.enter_context(Outgoing(order.request))
-        dialogue = stack.enter_context(_open_peer(order, ready))
+            ready.list_ahead()
+        dialogue = stack.enter_context(_open_peer(order))
         run = _Run(order, dialogue, progress, report)
         run.run(ready)
         dialogue.send(Request("end"))
@@ -36,10 +42,8 @@ def copy_guest(order: Order, progress: Progress) -> Report:
     return report
 
 
-def _open_peer(order: Order, ready: Outgoing | None) -> AbstractContextManager[Dialogue]:
-    if order.session is None:
-        return local_peer()
-    return remote_peer(order.session, ready.list_ahead if ready is not None else None)
+def _open_peer(order: Order) -> AbstractContextManager[Dialogue]:
+    return local_peer() if order.session is None else remote_peer(order.session)
 
 
 class _Run:
@@ -73,6 +77,8 @@ class _Run:
         else:
             request.task = "receive"
             self._dialogue.send(request)
+            if ready is None:
+                self._await_source(order.source.name)
             with ready or Outgoing(request) as outgoing:
                 source, result = outgoing.send(self._dialogue, self._progress)
         report = self._report
@@ -82,6 +88,14 @@ class _Run:
         report.warnings += result.warnings
         report.passes += 1
         return source
+
+    def _await_source(self, name: str) -> None:
+        """Wait a little for who holds the source; the other side's refusal comes at once."""
+        deadline = time.monotonic() + _WAIT_S
+        while not is_free(name) and time.monotonic() < deadline:
+            if self._dialogue.poll() is not None:
+                raise Hostile("an answer to what was not said yet")
+            time.sleep(_POLL_S)
 
     def _stop_and_pass(self) -> None:
         """The second pass: only what has changed since, while the guest stands still."""

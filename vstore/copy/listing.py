@@ -10,7 +10,7 @@ import errno
 import os
 import stat
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final
@@ -20,7 +20,7 @@ from blake3 import blake3
 from vstore import index, inode, lease
 from vstore.copy import blocks
 from vstore.copy.known import Contents, Digests, Key
-from vstore.copy.manifest import Part, Row, can_be_object, pack_parts
+from vstore.copy.manifest import Part, Row, can_be_object, digest_of_xattrs, pack_parts
 from vstore.copy.messages import ROWS_A_BATCH
 from vstore.copy.shelf import Inodes
 from vstore.digest import digest_content
@@ -40,6 +40,9 @@ _NO_XATTRS: Final = frozenset((errno.EOPNOTSUPP, errno.ENOTSUP))
 
 Path = bytes
 """Below a guest's root."""
+
+
+Xattrs = Sequence[tuple[bytes, bytes]]
 
 
 @dataclass(slots=True)
@@ -299,16 +302,22 @@ class Listing:
                 content = self._rewritten[path]
                 row.size, row.digest = len(content), blake3(content).digest()
             else:
-                row.digest = self._digest(fd, status)
+                row.digest = self._digest(fd, status, row.xattrs)
         finally:
             os.close(fd)
         return row, _key_of(status)
 
-    def _digest(self, fd: int, status: os.stat_result) -> bytes:
+    def _digest(self, fd: int, status: os.stat_result, xattrs: Xattrs) -> bytes:
         key = _key_of(status)
         known = self._digests.find(key)
         if known:
             return known.content
+        digest = self._digest_anew(fd, status, key, xattrs)
+        if self._is_still:
+            self._digests.see(key, digest)
+        return digest
+
+    def _digest_anew(self, fd: int, status: os.stat_result, key: Key, xattrs: Xattrs) -> bytes:
         if not self._is_still:
             return self._read(fd, status)
         is_settled = status.st_ctime_ns + index.SETTLED_NS < time.time_ns()
@@ -316,7 +325,7 @@ class Listing:
         try:
             digest = self._read(fd, status)
             if is_leased and lease.is_unbroken(fd) and _key_of(os.fstat(fd)) == key:
-                self._digests.keep(key, digest, fd)
+                self._digests.keep(key, digest, digest_of_xattrs(xattrs))
         finally:
             if is_leased:
                 with suppress(OSError):
@@ -349,10 +358,13 @@ class Listing:
         return self.blocks.get(_key_of(os.fstat(fd)), b"")
 
     def digest_of(self, fd: int) -> bytes:
-        """The digest of the file behind `fd`, from the index where that knows it."""
+        """The digest of the file behind `fd`, which is not read again if nothing has touched it."""
         status = os.fstat(fd)
+        seen = self._digests.find_seen(_key_of(status))
+        if seen:
+            return seen
         self._digests.load([status.st_ino])
-        return self._digest(fd, status)
+        return self._digest(fd, status, list(inode.load_xattrs(fd).items()))
 
     def _count(self, row: Row) -> None:
         if stat.S_ISREG(row.mode):

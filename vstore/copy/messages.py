@@ -316,13 +316,9 @@ def revive(failure: Failure, peer: str) -> ToolError:
     return kind(f"{peer}: {failure.message}", hint=failure.hint or None)
 
 
-def say_hello(dialogue: Dialogue, program: str, host: str) -> None:
-    """Say who we are."""
+def greet(dialogue: Dialogue, program: str, host: str) -> Hello:
+    """Say who we are and hear who answers. Raises FormatUnknown for another protocol."""
     dialogue.send(Hello(PROTOCOL, program, host))
-
-
-def hear_hello(dialogue: Dialogue, program: str) -> Hello:
-    """Hear who answers. Raises FormatUnknown for another protocol."""
     hello = dialogue.expect(Hello)
     if hello.protocol != PROTOCOL:
         raise FormatUnknown(

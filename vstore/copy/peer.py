@@ -8,14 +8,14 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
 from vstore import __version__
 from vstore.copy.access import Session
-from vstore.copy.messages import Dialogue, Done, Hostile, Request, hear_hello, say_hello
+from vstore.copy.messages import Dialogue, Done, Hostile, Request, greet
 from vstore.copy.receiving import receive_guest
 from vstore.copy.sending import Outgoing
 from vstore.copy.wire import Channel, ConnectionLost
@@ -37,8 +37,7 @@ def serve(read_fd: int, write_fd: int, *, peer: str) -> int:
     channel = Channel(read_fd, write_fd, peer=peer)
     dialogue = Dialogue(channel)
     try:
-        say_hello(dialogue, __version__, socket.gethostname())
-        hear_hello(dialogue, __version__)
+        greet(dialogue, __version__, socket.gethostname())
         while (request := dialogue.expect(Request)).task != "end":
             _answer(dialogue, request)
     except (ToolError, OSError) as error:
@@ -123,35 +122,22 @@ def local_peer() -> Iterator[Dialogue]:
     channel = Channel(fd, fd, peer="the other process")
     try:
         dialogue = Dialogue(channel)
-        say_hello(dialogue, __version__, "")
-        hear_hello(dialogue, __version__)
+        greet(dialogue, __version__, "")
         yield dialogue
     finally:
         channel.close()
         os.waitpid(pid, 0)
 
 
-Meanwhile = Callable[[Callable[[], bool]], None]
-"""What to do until something has come."""
-
-
 @contextmanager
-def remote_peer(session: Session, meanwhile: Meanwhile | None) -> Iterator[Dialogue]:
-    """The program on another machine, over ssh; there is time for something else before it answers.
-
-    Raises what `Session.wait` raises.
-    """
-    if meanwhile is not None:
-        meanwhile(lambda: session.is_settled)
+def remote_peer(session: Session) -> Iterator[Dialogue]:
+    """The program on another machine, over ssh. Raises what `Session.wait` raises."""
     session.wait()
     fd = os.dup(session.end.fileno())
     channel = Channel(fd, fd, peer=session.host)
     try:
         dialogue = Dialogue(channel)
-        say_hello(dialogue, __version__, socket.gethostname())
-        if meanwhile is not None:
-            meanwhile(lambda: channel.has_news)
-        hear_hello(dialogue, __version__)
+        greet(dialogue, __version__, socket.gethostname())
         yield dialogue
     except ConnectionLost as error:
         channel.close(wait_s=0)

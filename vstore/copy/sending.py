@@ -1,20 +1,20 @@
 """One pass from the side of the guest that is copied."""
 
 import os
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Self
 
 from vstore import exclude
+from vstore.copy.ahead import Ahead
 from vstore.copy.identity import identity_of, rewrite_files
 from vstore.copy.listing import Listed, Listing, measure
 from vstore.copy.messages import BATCHES_AHEAD, Dialogue, Request, Result, Source, Target
 from vstore.copy.sender import Sender
 from vstore.copy.settings import collect_settings, is_old_style
 from vstore.errors import ToolError
-from vstore.guest import Guest, load_guest
+from vstore.guest import Guest, hold_lock, load_guest, load_state
 from vstore.hold import Held, hold_guests
 from vstore.pool import Pool
 from vstore.progress import Progress
@@ -43,8 +43,7 @@ class Outgoing:
             self._stack.close()
             raise
         self._listing: Listing | None = None
-        self._batches: Iterator[Listed] = iter(())
-        self._ahead: deque[Listed] = deque()
+        self._ahead: Ahead[Listed] | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -52,15 +51,10 @@ class Outgoing:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def list_ahead(self, is_enough: Callable[[], bool]) -> None:
-        """List, as far as memory allows, until it is enough: the other side is not there yet."""
-        if self._listing is None:
-            self._list({})
-        while not is_enough() and len(self._ahead) < BATCHES_AHEAD:
-            batch = next(self._batches, None)
-            if batch is None:
-                break
-            self._ahead.append(batch)
+    def list_ahead(self) -> None:
+        """Begin to list, as far as memory allows: the other side is not there yet."""
+        self._ahead = Ahead(self._list({}).batches(), BATCHES_AHEAD)
+        self._stack.callback(self._ahead.close)
 
     def _list(self, rewritten: dict[bytes, bytes]) -> Listing:
         listing = Listing(
@@ -73,15 +67,14 @@ class Outgoing:
             keeps_contents=not self._request.dry_run,
         )
         self._stack.callback(listing.close)
-        self._ahead.clear()
-        self._listing, self._batches = listing, listing.batches()
+        self._listing = listing
         return listing
 
-    def _all_batches(self) -> Iterator[Listed]:
-        """Those that were listed ahead, and the others."""
-        while self._ahead:
-            yield self._ahead.popleft()
-        yield from self._batches
+    def _stop(self) -> None:
+        """What was listed ahead is of no use."""
+        if self._ahead is not None:
+            self._ahead.close()
+            self._ahead = None
 
     def send(self, dialogue: Dialogue, progress: Progress) -> tuple[Source, Result]:
         """Send it all; returns what the guest is, and what became of it there.
@@ -95,14 +88,27 @@ class Outgoing:
         result = Result()
         for turn in range(2 if target.is_tight else 1):
             progress.phase("copy", source.bytes, "bytes")
-            listing = self._listing
-            if listing is None or turn or rewritten:
+            if turn or rewritten:
+                self._stop()
+            if self._ahead is not None and self._listing is not None:
+                listing, batches = self._listing, iter(self._ahead)
+            else:
                 listing = self._list(rewritten)
+                batches = listing.batches()
             sender = Sender(dialogue, self._held.fd, listing, rewritten, progress)
-            result = sender.send(self._all_batches(), is_refresh=self._request.refresh)
+            result = sender.send(batches, is_refresh=self._request.refresh)
             if result.same:
                 break
         return source, result
+
+
+def is_free(name: str) -> bool:
+    """Whether the guest can be held at once. Raises GuestNotFound, NotPermitted."""
+    load_guest(name)
+    if load_state(name) is not None:
+        return True
+    with hold_lock(name) as is_ours:
+        return is_ours
 
 
 @contextmanager

@@ -122,12 +122,6 @@ class Channel:
             self._raise_last_word()
             return None
 
-    @property
-    def has_news(self) -> bool:
-        """Whether `receive` would not wait."""
-        with self._lock:
-            return bool(self._inbox) or self._last_word is not None
-
     def flush(self) -> None:
         """Wait until all that is queued has been written. Raises ConnectionLost."""
         with self._lock:
