@@ -22,6 +22,7 @@ from typing import Annotated, Any, Final, TypeVar
 import msgspec
 from msgspec import Meta
 
+from vstore import errors
 from vstore.copy.wire import Channel, ConnectionLost
 from vstore.errors import FormatUnknown, ToolError
 
@@ -310,9 +311,9 @@ class Dialogue:
 
 
 def revive(failure: Failure, peer: str) -> ToolError:
-    """The other side's error, with its exit code."""
-    kinds = {known.__name__: known for known in ToolError.__subclasses__() if known is not Hostile}
-    kind = kinds.get(failure.kind, ToolError)
+    """The other side's error, with its exit code, if it is one that all of vstore has."""
+    shared = (known for known in ToolError.__subclasses__() if known.__module__ == errors.__name__)
+    kind = {known.__name__: known for known in shared}.get(failure.kind, ToolError)
     return kind(f"{peer}: {failure.message}", hint=failure.hint or None)
 
 
