@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -49,6 +50,7 @@ def _add(host: Host, base: Path, **limits: str) -> Path:
     root = base / "web"
     root.mkdir()
     grow_busybox(root)
+    (root / "srv").mkdir(exist_ok=True)
     host.add("web", root, {**SLEEPER, "context": f"{_XID}", "spaces/net": "", **keys})
     return root
 
@@ -61,7 +63,6 @@ def _write(host: Host, megabytes: int) -> str:
 
 def test_a_guest_can_store_no_more_than_its_limit(host: Host, base: Path) -> None:
     root = _add(host, base)
-    (root / "srv").mkdir(exist_ok=True)
     assert host.vserver("web", "start").stderr == ""
     assert "10+0 records out" in _write(host, 10)
     said = _write(host, 40)
@@ -90,7 +91,6 @@ def test_the_tree_is_given_to_the_project_once(host: Host, base: Path) -> None:
     )
     assert listed.stdout.split()[0] == f"{_XID}"
     assert "P" in listed.stdout.split()[1]
-    (root / "srv").mkdir(exist_ok=True)
     (root / "srv/later").write_bytes(bytes(_MIB))
     listed = subprocess.run(
         ["lsattr", "-p", root / "srv/later"], capture_output=True, text=True, check=True
@@ -132,3 +132,43 @@ def test_what_is_stored_and_loaded_is_the_same(base: Path) -> None:
         assert diskquota.load(fd, 77) == Quota(None, 5, 0, 0)
     finally:
         os.close(fd)
+
+
+# --- vdlimit
+
+
+def _vdlimit(*words: str | Path, code: int = 0) -> str:
+    """What it says, on standard output or, where it fails, on the other."""
+    program = [sys.executable, "-c", "from vrun.commands.vdlimit import main; main()"]
+    done = subprocess.run([*program, *words], capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
+    return done.stderr if code else done.stdout
+
+
+def test_the_limits_of_a_running_guest_are_shown_and_changed(host: Host, base: Path) -> None:
+    root = _add(host, base)
+    host.vserver("web", "start")
+    shown = dict(line.split("=") for line in _vdlimit("--xid", "web", base).splitlines()[1:])
+    assert (shown["space_total"], shown["inodes_total"], shown["reserved"]) == (
+        "20480",
+        "2000",
+        "0",
+    )
+    assert int(shown["inodes_used"]) > 10
+    _vdlimit("--xid", f"{_XID}", "--set", "space_total=4096", "--set", "inodes_total=-1", base)
+    assert "10+0 records out" not in _write(host, 10)
+    assert (root / "srv/file").stat().st_blocks * 512 <= 4 * _MIB
+    assert "inodes_total=-1" in _vdlimit("--xid", "web", base)
+    host.vserver("web", "stop")
+    _vdlimit("--xid", "web", "--remove", base)
+    assert "space_total=-1" in _vdlimit("--xid", "web", base)
+
+
+def test_a_limit_below_what_is_used_is_refused(host: Host, base: Path) -> None:
+    _add(host, base)
+    host.vserver("web", "start")
+    assert "10+0 records out" in _write(host, 10)
+    said = _vdlimit("--xid", "web", "--set", "space_total=100", base, code=1)
+    assert "space_total cannot be less than the" in said
+    assert "space_total=20480" in _vdlimit("--xid", "web", base)
+    host.vserver("web", "stop")
