@@ -7,6 +7,7 @@ inode. The name points at full content at every moment.
 
 import errno
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ NOT_SHARED: Final = "not-shared"
 BUSY: Final = "busy"
 NOT_FROZEN: Final = "not-frozen"
 
+_ATTEMPTS: Final = 20
+_PAUSE_S: Final = 0.05
 _PROC_FDS: Final = "/proc/self/fd"
 _LONG_COPY: Final = 64 << 20  # bytes that may take so long that leases would be broken meanwhile
 
@@ -90,8 +93,19 @@ class Breaker:
         copy.
 
         Returns for each BROKEN, why it was left alone, or an error's text. The folder's times stay
-        as they were.
+        as they were. A guest that cannot be held still at once, since the machine is busy, is tried
+        again for some seconds: nobody comes later to do it.
         """
+        for _ in range(_ATTEMPTS):
+            outcomes = self._try_to_break(folder_fd, names, cgroup)
+            if NOT_FROZEN not in outcomes:
+                break
+            time.sleep(_PAUSE_S)
+        return outcomes
+
+    def _try_to_break(
+        self, folder_fd: int, names: Sequence[tuple[bytes, int]], cgroup: str
+    ) -> list[str]:
         outcomes = [CHANGED] * len(names)
         with ExitStack() as stack:
             copies = []

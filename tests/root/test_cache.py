@@ -248,7 +248,7 @@ def test_an_index_is_good_after_the_file_system_was_mounted_on_another_device(
         unify(tool, "--all", "--pool", mount / "pool")
         number = mount.stat().st_dev
         with _taken_from(mount, folder / "other.img"):
-            mount_loop(image, mount)
+            mount_loop(image, mount, "xfs")
             assert mount.stat().st_dev != number
             with watched(mount / "web") as seen, watched(mount / "db") as seen_too:
                 unify(tool, "--all", "--pool", mount / "pool")

@@ -5,26 +5,16 @@ call: that is what the disk holds at this moment. Before some clones the journal
 by an fsync of a file of no interest: then names and flags are on the disk, data perhaps not.
 """
 
-import fcntl
 import os
-import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import closing
 from pathlib import Path
 from typing import Final
 
 import pytest
 
-from tests.fixtures.filesystems import (
-    KINDS,
-    Filesystem,
-    Site,
-    make_site,
-    mount_image,
-    mount_loop,
-    remove,
-)
+from tests.fixtures.filesystems import KINDS, Filesystem
+from tests.fixtures.power import Box, make_box
 from tests.fixtures.probes import is_soak, need, on, scaled
 from tests.fixtures.runs import find_faults
 from tests.fixtures.stepper import Outcome, Scene, Step, command, run_traced
@@ -32,55 +22,19 @@ from tests.fixtures.trees import File, Row, Snapshot, differences, snapshot
 from vstore.commands import vunify
 
 pytestmark = [need("immutable", "lease", "reflink"), on("xfs")]
-"""The image lies on xfs, which clones a file that is being written to as one moment shows it."""
+"""The image lies on xfs: see fixtures.power."""
 
-_FICLONE: Final = 0x40049409  # linux/fs.h
-_SIZE: Final = 400 << 20
 _HARSH: Final = {"ext4": "noauto_da_alloc"}  # nothing is written out for the sake of a rename
 _NAMES: Final = ("web", "db", "mail")
-
-
-@dataclass(frozen=True, slots=True)
-class Box:
-    """A file system in an image of the test's own; `clones` are copies of it at some moments."""
-
-    kind: str
-    folder: Path
-    site: Site
-    clones: list[Path] = field(default_factory=list)
-
-    @property
-    def mount(self) -> Path:
-        return self.folder / self.kind
-
-    @contextmanager
-    def as_it_was(self, clone: Path) -> Iterator[None]:
-        """The clone stands in the place of the file system, its journal replayed."""
-        mount_loop(clone, self.mount)
-        try:
-            yield
-        finally:
-            subprocess.run(["umount", self.mount], check=True)
-
-    def lose_power(self) -> None:
-        """From here on only the clones count."""
-        subprocess.run(["umount", self.mount], check=True)
 
 
 @pytest.fixture(params=KINDS)
 def box(
     request: pytest.FixtureRequest, fs: Filesystem, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Box]:
-    options = _HARSH.get(request.param, "")
-    mount = mount_image(request.param, fs.folder, size=_SIZE, options=options)
-    (mount / "top").mkdir()
-    site = make_site(Filesystem(request.param, mount, mount / "top"))
-    for name in ("confdir", "vdirbase", "rundir"):
-        monkeypatch.setenv(f"VSERVER_{name.upper()}", os.fspath(getattr(site, name)))
-    try:
-        yield Box(request.param, fs.folder, site)
-    finally:
-        remove(mount)
+    yield from make_box(
+        request.param, fs.folder, monkeypatch, options=_HARSH.get(request.param, "")
+    )
 
 
 class Clock:
@@ -90,8 +44,6 @@ class Clock:
         self._box = box
         self._every = every
         self._first = first
-        self._image = box.folder / f"{box.kind}.img"
-        self._poke = box.mount / "of no interest"
         self.seen = 0
 
     def __call__(self, step: Step, scene: Scene) -> None:
@@ -101,20 +53,11 @@ class Clock:
         if self.seen % self._every != self._first % self._every:
             return
         clone = self._box.folder / f"{self.seen:05}.img"
-        if self.seen // self._every % 3:
-            self._commit()
-        self._clone(clone)
+        with closing(self._box.camera()) as camera:
+            if self.seen // self._every % 3:
+                camera.commit()
+            camera.clone(clone.name)
         scene.notes.append(os.fspath(clone))
-
-    def _commit(self) -> None:
-        with self._poke.open("a") as file:
-            file.write("x")
-            file.flush()
-            os.fsync(file.fileno())
-
-    def _clone(self, path: Path) -> None:
-        with path.open("xb") as target, self._image.open("rb") as source:
-            fcntl.ioctl(target, _FICLONE, source.fileno())
 
 
 def _rows(count: int) -> list[Row]:
@@ -123,10 +66,6 @@ def _rows(count: int) -> list[Row]:
         File(f"usr/{number % 4}/{number}", b"%0*d" % (sizes[number % 5], number))
         for number in range(count)
     ]
-
-
-def _sync(box: Box) -> None:
-    subprocess.run(["sync", "--file-system", box.mount], check=True)
 
 
 def _run(box: Box, *arguments: str) -> Outcome:
@@ -178,12 +117,12 @@ def _assert_each_clone_recovers(
         clone.unlink()
 
 
-@pytest.mark.timeout(3600 if is_soak() else 120)
+@pytest.mark.timeout(3600 if is_soak() else 600)
 def test_power_loss_while_unifying_leaves_objects_absent_or_right(box: Box) -> None:
     rows = _rows(scaled(20, 60))
     box.site.add_guest("web", rows)
     _run(box)
-    _sync(box)
+    box.sync()
     before = {"web": snapshot(box.site.root("web"))}
     for name in ("db", "mail"):  # not on the disk yet: whatever becomes an object must get there
         box.site.add_guest(name, [*rows, File(f"own/{name}", b"of one guest alone")])
@@ -191,22 +130,22 @@ def test_power_loss_while_unifying_leaves_objects_absent_or_right(box: Box) -> N
     _assert_each_clone_recovers(box, clones, before, lambda: _run(box))
 
 
-@pytest.mark.timeout(3600 if is_soak() else 120)
+@pytest.mark.timeout(3600 if is_soak() else 600)
 def test_power_loss_while_links_are_broken_loses_no_file(box: Box) -> None:
     for name in _NAMES:
         box.site.add_guest(name, _rows(scaled(10, 60)))
     _run(box)
-    _sync(box)
+    box.sync()
     before = {name: snapshot(box.site.root(name)) for name in _NAMES}
     clones = _clone_while(box, "--undo")
     _assert_each_clone_recovers(box, clones, before, lambda: _run(box, "--undo"))
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(600)
 def test_power_loss_right_after_the_end_leaves_every_file_complete(box: Box) -> None:
     for name in _NAMES:
         box.site.add_guest(name, _rows(20))
-    _sync(box)
+    box.sync()
     before = {name: snapshot(box.site.root(name)) for name in _NAMES}
     _run(box)
     clock = Clock(box, 1, 0)

@@ -25,14 +25,19 @@ _XID = 1234
 
 
 @pytest.fixture(params=sorted(_MAKE))
-def base(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def base(kind: str, tmp_path: Path) -> Iterator[Path]:
     """A file system that counts projects."""
     image, mount = tmp_path / "image", tmp_path / "disk"
     with image.open("xb") as file:
         file.truncate(400 * _MIB)
-    subprocess.run([*_MAKE[request.param], image], check=True)
+    subprocess.run([*_MAKE[kind], image], check=True)
     mount.mkdir()
-    mount_loop(image, mount, "prjquota")
+    mount_loop(image, mount, kind, "prjquota")
     yield mount
     subprocess.run(["chattr", "-R", "-f", "-i", mount], check=False)
     subprocess.run(["umount", mount], check=True)
@@ -110,9 +115,11 @@ def test_a_guest_that_shares_files_is_not_started_under_a_limit(host: Host, base
     assert host.leftovers() == []
 
 
-def test_without_quota_the_guest_starts_and_says_so(host: Host, base: Path, tmp_path: Path) -> None:
+def test_without_quota_the_guest_starts_and_says_so(
+    host: Host, base: Path, tmp_path: Path, kind: str
+) -> None:
     subprocess.run(["umount", base], check=True)
-    mount_loop(tmp_path / "image", base, "noquota")
+    mount_loop(tmp_path / "image", base, kind, "noquota")
     _add(host, base)
     said = host.vserver("web", "start").stderr
     assert (

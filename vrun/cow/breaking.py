@@ -56,8 +56,6 @@ class Workshop:
     objects: Objects
     roots: Roots
     own: Own
-    syncs: bool
-    """Copied data must be written to disk before a name is put on them."""
 
 
 @dataclass(slots=True)
@@ -232,8 +230,7 @@ def fill(shop: Workshop, shared_fd: int, copy_fd: int) -> None:
         return
     if not extents.clone(shared_fd, copy_fd):
         extents.copy_data(shared_fd, copy_fd, size=status.st_size)
-        if shop.syncs:
-            os.fdatasync(copy_fd)
+        extents.order_data(copy_fd)
     inode.copy_ownership(status, inode.load_xattrs(shared_fd), copy_fd)
 
 

@@ -34,7 +34,7 @@ from vrun.cow.rights import Own
 from vrun.errors import ToolError
 from vrun.noimports import refuse_imports
 from vstore.keeper import Keeper
-from vstore.pool import Pool, find_file_system
+from vstore.pool import Pool
 from vstore.record import dataclass
 from vstore.recovery import recover, settle_stage
 from vstore.window import Windows
@@ -48,8 +48,6 @@ WARN: Final = "warn"
 SETTLED: Final = "settled"
 
 _OPEN_FILES: Final = 1 << 16
-_KEEPS_ORDER: Final = ("ext4", "btrfs")
-"""File systems where a rename over another file waits for the data of the file that is renamed."""
 _MOST_COPIES: Final = 4
 _QUIET_MS: Final = 50.0
 _LOOK_AGAIN_S: Final = 0.02
@@ -163,10 +161,7 @@ class Supervisor:
         windows = Windows(
             duty.keeper, pool_fd=pool.fd, stage_fd=duty.stage_fd, linger_s=duty.linger_s
         )
-        kind = find_file_system(duty.pool)
-        self._shop = Workshop(
-            pool, windows, duty.stage_fd, Objects(pool), Roots(), Own(), kind not in _KEEPS_ORDER
-        )
+        self._shop = Workshop(pool, windows, duty.stage_fd, Objects(pool), Roots(), Own())
         self._desk = Desk(self._shop, self._copy_elsewhere, self._wait_for)
         self._listeners: dict[int, Listener] = {}
         self._places: list[int] = []
