@@ -36,6 +36,7 @@ from tests.fixtures.guests import (
     build_all,
     cache_folder,
     cannot_build,
+    find_package,
     personalise,
     unpack,
 )
@@ -231,10 +232,13 @@ def _boot_one(site: Site) -> None:
 def _upgrade_one(site: Site, folder: Path, empty: int) -> None:
     """Upgrade a package in the guest that runs; look at the others; unify again."""
     mount = site.filesystem.mount
-    kept = sorted((cache_folder() / "packages" / WEB.release).glob(f"{_PACKAGE}_*.deb"))
-    if not kept:
-        raise DemoFailed(f"the cache of packages has no {_PACKAGE}")
-    package, version = newer_package(folder, kept[-1])
+    installed = find_package(WEB, site.root(BOOTED), _PACKAGE)
+    if installed is None:
+        raise DemoFailed(
+            f"{cache_folder()} has lost the package {_PACKAGE} of its trees\n"
+            f"hint: rm -r {cache_folder() / 'trees'} has all built anew"
+        )
+    package, version = newer_package(folder, installed)
     _say(
         f"\nA newer {_PACKAGE} comes out, {version}. Before {BOOTED} gets it, a look at the others:"
     )

@@ -338,10 +338,18 @@ class Catalog:
             store_digests(self._database, rows)
 
     def drop_inode(self, file: ToRead) -> int:
-        """Forget the inode of a file; returns how many names it had."""
-        return self._database.execute(
-            "DELETE FROM files WHERE volume = ? AND ino = ?", (file.volume, file.ino)
-        ).rowcount
+        """Forget the inode of a file; returns how many names it had among the chosen ones.
+
+        A file that was renamed and changed during the walk has two, and may have been chosen under
+        one of them alone.
+        """
+        where = "WHERE volume = ? AND ino = ?"
+        ((chosen,),) = self._database.execute(
+            f"SELECT count(*) FROM files JOIN groups USING ({self._key}) {where}",  # noqa: S608
+            (file.volume, file.ino),
+        )
+        self._database.execute(f"DELETE FROM files {where}", (file.volume, file.ino))  # noqa: S608
+        return int(chosen)
 
     def drop_outside_references(self, tree: int, references: Sequence[int]) -> int:
         """Forget the tree's files that equal none at the same path in a reference tree.

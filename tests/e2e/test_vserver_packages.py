@@ -133,12 +133,13 @@ def _verify(root: Path) -> set[str]:
     )
 
 
-def _make_local_mirror(folder: Path) -> str:
+def _make_local_mirror(folder: Path, root: Path) -> str:
     """All packages that the cache has, and a newer rsync, the version of which is returned."""
-    kept = guests.cache_folder() / "packages" / _RECIPE.release
-    newest = {path.name.partition("_")[0]: path for path in sorted(kept.glob("*.deb"))}
-    newer, version = newer_package(folder, newest["rsync"])
-    make_mirror(folder / "mirror", _RECIPE.release, [*newest.values(), newer])
+    installed = guests.find_package(_RECIPE, root, "rsync")
+    assert installed is not None, "the cache has lost the packages of its trees"
+    newer, version = newer_package(folder, installed)
+    kept = sorted(installed.parent.glob("*.deb"))
+    make_mirror(folder / "mirror", _RECIPE.release, [*kept, newer])
     return version
 
 
@@ -146,7 +147,7 @@ def test_packages_are_installed_upgraded_removed_and_checked(
     host: Host, tool: Tool, tmp_path: Path
 ) -> None:
     """Downloads come over the host's network stack, from a server on the guest's address."""
-    version = _make_local_mirror(tmp_path)
+    version = _make_local_mirror(tmp_path, _root(host, "one"))
     interface: Keys = {"interfaces/0/ip": _ADDRESS, "interfaces/0/prefix": "32"}
     work = _Work(host, tool, {**interface, "interfaces/0/dev": "lo"})
     with served(tmp_path / "mirror", _ADDRESS) as url:

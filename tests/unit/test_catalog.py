@@ -160,6 +160,16 @@ def test_a_file_that_could_not_be_read_takes_no_part(catalog: Catalog) -> None:
     assert [file.ino for file in catalog.list_unread()] == [11]
 
 
+def test_a_file_that_moved_during_the_walk_is_counted_for_each_name_once(catalog: Catalog) -> None:
+    add(catalog, 0, row("before", 10, size=7), row("after", 10))
+    add(catalog, 1, row("equal", 20))
+    catalog.choose(twins=False, everything=False)
+    assert catalog.count_unchosen() == 1
+    catalog.choose_contents(0)
+    moved = next(file for file in catalog.list_unread() if file.ino == 10)
+    assert catalog.drop_inode(moved) == 1
+
+
 def test_references_keep_what_is_equal_at_the_same_path(catalog: Catalog) -> None:
     add(catalog, 0, row("same", 10), row("content", 11), row("moved", 12), path="etc")
     add(catalog, 1, row("same", 20), row("content", 21), path="etc")
