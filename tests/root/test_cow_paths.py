@@ -155,8 +155,10 @@ def test_each_way_leads_to_the_file(site: Site, way: str) -> None:
 
 
 def _from_a_jail_by_name() -> None:
+    """Outside, the link would lead to a file that is its guest's own."""
     os.mkdir("/jail")
     os.rename("/conf", "/jail/conf")
+    _write("/conf", os.O_CREAT)
     os.symlink("/conf", "/jail/link")
     os.chroot("/jail")
     os.chdir("/")
