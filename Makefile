@@ -45,6 +45,7 @@ soak:
 test-vm:
 	@$(SETUP) test-vm
 	$(BIN)/python tests/vm/run
+	$(BIN)/python -m tests.vm.aarch64
 
 install-deps:
 	@$(SETUP) all

@@ -16,7 +16,7 @@ contexts="busybox-static iproute2"
 witnesses="groff-base procps psmisc strace systemd"
 copies="openssh-client openssh-server rsync"
 rivals="jdupes rdfind systemd-container bubblewrap runc lxc"
-machine="qemu-system-x86"
+machine="qemu-system-x86 qemu-system-arm"
 case $target in
     lint) packages=$venv ;;
     demo) packages="$venv $guests $copies iproute2" ;;

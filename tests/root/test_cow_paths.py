@@ -44,6 +44,45 @@ def _by_cwd() -> None:
     _write("../.././conf")
 
 
+def _by_mere_name() -> None:
+    os.chdir("/")
+    _write("conf")
+
+
+def _by_name_of_a_link(name: str) -> None:
+    os.chdir("/a")
+    _write(name)
+
+
+def _by_name_in_folder_fd() -> None:
+    _write("absolute", dir_fd=os.open("/a", os.O_PATH))
+
+
+def _at_end_of_page() -> None:
+    """Nothing can be read behind the path, and it is longer than what is read at first."""
+    path = b"/" + b"./" * 200 + b"conf\0"
+    size = mmap.PAGESIZE
+    memory = mmap.mmap(-1, 2 * size)
+    memory[size - len(path) : size] = path
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(start + size), size, 0) == 0  # PROT_NONE
+    fd, error = call(TABLES_NATIVE["openat"], -100, start + size - len(path), os.O_WRONLY, 0)
+    assert error == 0
+    os.write(fd, b"mine")
+    os.close(fd)
+
+
+def _over_two_pages() -> None:
+    size = mmap.PAGESIZE
+    memory = mmap.mmap(-1, 2 * size)
+    memory[size - 3 : size + 3] = b"/conf\0"
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    fd, error = call(TABLES_NATIVE["openat"], -100, start + size - 3, os.O_WRONLY, 0)
+    assert error == 0
+    os.write(fd, b"mine")
+    os.close(fd)
+
+
 def _by_proc_folder_fd() -> None:
     fd = os.open("/", os.O_RDONLY)
     _write(f"/proc/self/fd/{fd}/conf")
@@ -75,6 +114,12 @@ WAYS: dict[str, Callable[[], None]] = {
     "link-to-link": lambda: _write("/a/chain"),
     "link-in-the-middle": lambda: _write("/a/b/up/conf"),
     "cwd": _by_cwd,
+    "name": _by_mere_name,
+    "name-of-absolute-link": lambda: _by_name_of_a_link("absolute"),
+    "name-of-chain": lambda: _by_name_of_a_link("chain"),
+    "name-in-folder-fd": _by_name_in_folder_fd,
+    "end-of-page": _at_end_of_page,
+    "two-pages": _over_two_pages,
     "folder-fd": _by_folder_fd,
     "path-folder-fd": _by_path_folder_fd,
     "self-fd": _by_self_fd,
@@ -109,9 +154,21 @@ def test_each_way_leads_to_the_file(site: Site, way: str) -> None:
         assert is_immutable(shared.object)
 
 
-def test_a_daemon_in_a_root_of_its_own(site: Site) -> None:
+def _from_a_jail_by_name() -> None:
+    """Outside, the link would lead to a file that is its guest's own."""
+    os.mkdir("/jail")
+    os.rename("/conf", "/jail/conf")
+    _write("/conf", os.O_CREAT)
+    os.symlink("/conf", "/jail/link")
+    os.chroot("/jail")
+    os.chdir("/")
+    _write("link")
+
+
+@pytest.mark.parametrize("act", [_from_a_jail, _from_a_jail_by_name])
+def test_a_daemon_in_a_root_of_its_own(site: Site, act: Callable[[], None]) -> None:
     with shared_file(site) as shared:
-        in_guest(site.pool, site.root("web"), _from_a_jail)
+        in_guest(site.pool, site.root("web"), act)
         assert (site.root("web") / "jail/conf").read_bytes() == b"mine" + CONTENT[4:]
         assert shared.is_untouched()
 

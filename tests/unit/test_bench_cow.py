@@ -7,6 +7,7 @@ import pytest
 
 from bench import cow
 from bench.cow import NATIVE, NSPAWN, OVERLAY, VSERVER, CowReport, Results, Round
+from bench.cowmemory import Held, Memory
 from bench.cowturns import SQLITE, TAR, Turn, Turns
 from bench.report import Machine
 
@@ -32,6 +33,7 @@ RESULTS = Results(
         + [Turn(SQLITE, VSERVER, 1, 1.0), Turn(SQLITE, NATIVE, 2, 1.0)],
         {},
     ),
+    [Memory("unified", 20, Held(30 << 20, 9 << 20, 0), Held(1 << 20, 2 << 20, 3 << 20), "none")],
 )
 
 
@@ -52,6 +54,8 @@ def test_a_place_that_could_not_be_had_is_named(tmp_path: Path) -> None:
     cow.write(made, tmp_path, "cow")
     text = (tmp_path / "cow.md").read_text()
     assert "systemd-nspawn: is not installed" in text
+    assert "| unified, each further of 20 (MiB) | 1.0 | 2.0 | 3.0 |" in text
+    assert "3.000 times" in text
     assert json.loads((tmp_path / "cow.json").read_text())["results"]["missing"] == {
         NSPAWN: "is not installed"
     }

@@ -57,9 +57,16 @@ def _path_of(tid: int, directory: int, text: bytes) -> bytes:
     return b"%d/fd/%d/%s" % (tid, directory, text)
 
 
-def _leads_to_plain(tid: int, directory: int, text: bytes, *, follow: bool) -> bool:
-    """Whether a path leads to nothing that is frozen, or to nothing at all; within the caller's
-    root.
+def _is_name(text: bytes) -> bool:
+    """Whether the caller's root has no part in where that path leads, unless to a symlink."""
+    return _SLASH not in text and text != b".."
+
+
+def _leads_to_plain(
+    roots: Roots, tid: int, directory: int, text: bytes, *, follow: bool = False
+) -> bool:
+    """Whether a path leads to nothing that is frozen, or to nothing at all. We have the caller's
+    root, or the path is a mere name.
     """
     path = _path_of(tid, directory, text)
     error = glance(path, NOFOLLOW)
@@ -69,6 +76,7 @@ def _leads_to_plain(tid: int, directory: int, text: bytes, *, follow: bool) -> b
         )
     attributes, mode = seen()
     if follow and mode & _KIND == _LINK:
+        roots.enter(tid)
         error = glance(path, 0)
         if error:
             return error not in _NOT_OURS
@@ -103,9 +111,10 @@ def _by_path(
         text = read_text(tid, call[address])
         if not text:
             return False
-        roots.enter(tid)
+        if not _is_name(text):
+            roots.enter(tid)
         return _leads_to_plain(
-            *(tid, call[directory] if directory else _CWD, text),
+            *(roots, tid, call[directory] if directory else _CWD, text),
             follow=call[flags] & mask == value,
         )
 
@@ -120,10 +129,11 @@ def _by_two(old: int, new: int, *, has_folders: bool) -> IsPlain:
         old_text, new_text = read_text(tid, call[old]), read_text(tid, call[new])
         if not old_text or not new_text:
             return False
-        roots.enter(tid)
+        if not (_is_name(old_text) and _is_name(new_text)):
+            roots.enter(tid)
         folders = (call[old - 1], call[new - 1]) if has_folders else (_CWD, _CWD)
-        return _leads_to_plain(tid, folders[0], old_text, follow=False) and _leads_to_plain(
-            tid, folders[1], new_text, follow=False
+        return _leads_to_plain(roots, tid, folders[0], old_text) and _leads_to_plain(
+            roots, tid, folders[1], new_text
         )
 
     return is_plain
