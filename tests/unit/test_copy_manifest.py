@@ -150,6 +150,7 @@ def test_a_failure_is_raised_with_the_code_of_the_other_side() -> None:
         failure = messages.Failure(kind.__name__, "said", "do")
         error = messages.revive(failure, "other")
         assert error.message == "other: said"
+        assert type(error) is (kind if kind.__module__ == "vstore.errors" else ToolError)
     assert type(messages.revive(messages.Failure("SystemExit", "x"), "o")) is ToolError
 
 

@@ -309,9 +309,14 @@ class Dialogue:
         return message
 
 
+def is_plain(kind: type[ToolError]) -> bool:
+    """Whether it is one of those in `vstore.errors`, made of a message and a hint."""
+    return kind.__module__ == ToolError.__module__
+
+
 def revive(failure: Failure, peer: str) -> ToolError:
     """The other side's error, with its exit code."""
-    kinds = {known.__name__: known for known in ToolError.__subclasses__() if known is not Hostile}
+    kinds = {kind.__name__: kind for kind in ToolError.__subclasses__() if is_plain(kind)}
     kind = kinds.get(failure.kind, ToolError)
     return kind(f"{peer}: {failure.message}", hint=failure.hint or None)
 
