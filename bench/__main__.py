@@ -113,7 +113,7 @@ def _check(options: argparse.Namespace) -> None:
     needed = ["unshare", "mount"]
     needed += ["busybox"] if options.case == _START else [f"mkfs.{options.fs}"]
     needed += ["debootstrap", "tar"] if options.case in ("unify", _COPY) else []
-    needed += ["ip", "tc", "rsync", "zstd", "ssh"] if options.case == _COPY else []
+    needed += ["ip", "tc", "rsync", "zstd", "ssh", "dpkg-deb"] if options.case == _COPY else []
     missing = [name for name in needed if shutil.which(name) is None]
     if missing:
         raise BenchError(f"not installed: {', '.join(missing)}")
