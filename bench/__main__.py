@@ -143,7 +143,8 @@ def _check(options: argparse.Namespace) -> None:
     needed += ["busybox"] if options.case == _START else [f"mkfs.{options.fs}"]
     is_all = options.case == _ALL
     needed += ["debootstrap", "tar"] if is_all or options.case in ("unify", _COPY, _GROWTH) else []
-    needed += ["ip", "tc", "rsync", "zstd", "ssh"] if is_all or options.case == _COPY else []
+    copying = ["ip", "tc", "rsync", "zstd", "ssh", "dpkg-deb"]
+    needed += copying if is_all or options.case == _COPY else []
     missing = [name for name in needed if shutil.which(name) is None]
     if missing:
         raise BenchError(f"not installed: {', '.join(missing)}")

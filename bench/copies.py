@@ -7,6 +7,7 @@
 import logging
 import os
 import random
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ from bench import channels
 from bench.channels import Carried
 from bench.figures import Spread, Target, spread
 from bench.images import BenchError
-from bench.wires import THERE, Wire, joined
+from bench.wires import THERE, Wire, call, joined
 from tests.fixtures.filesystems import mount_image, remove
 from tests.fixtures.guests import SMALL, WEB, Recipe, build, personalise, unpack
 from tests.fixtures.sshd import remote_command
@@ -233,15 +234,35 @@ _COMMANDS: Final[dict[str, Callable[[Wire, str, bool], list[str]]]] = {
 
 
 def _upgrade(root: Path, package: str) -> None:
-    """Replace every file of a package as an upgrade does: another content, by rename."""
-    listed = root / "var/lib/dpkg/info" / f"{package}.list"
-    for line in listed.read_text().splitlines():
-        path = root / line.lstrip("/")
-        if path.is_file() and not path.is_symlink():
-            spare = path.with_name(f"{path.name}.dpkg-new")
-            spare.write_bytes(b"#" + path.read_bytes())
-            spare.chmod(path.stat().st_mode & 0o7777)
-            spare.replace(path)
+    """Let the guest's own dpkg install the next version of a package, in which every file differs.
+
+    There is no next version at hand: it is packed from what is installed.
+    """
+    described = call("chroot", root, "dpkg-query", "--status", package)
+    version = re.search(r"^Version: (.*)$", described, re.MULTILINE)
+    if version is None:
+        raise BenchError(f"{root}: dpkg does not say which version {package} has")
+    control = re.sub(r"^(Status|Conffiles):.*\n( .*\n)*", "", described, flags=re.MULTILINE)
+    control = control.replace(version[0], f"{version[0]}+1")
+    with TemporaryDirectory(prefix="upgrade-", dir=root) as folder:
+        tree = Path(folder) / "tree"
+        (tree / "DEBIAN").mkdir(parents=True)
+        (tree / "DEBIAN/control").write_text(f"{control.rstrip()}\n")
+        for line in call("chroot", root, "dpkg-query", "--listfiles", package).splitlines():
+            _pack_next(root / line.lstrip("/"), tree / line.lstrip("/"))
+        call("dpkg-deb", "--root-owner-group", "--build", "-Znone", tree, f"{folder}/next.deb")
+        call("chroot", root, "dpkg", "--install", f"/{Path(folder).name}/next.deb")
+
+
+def _pack_next(path: Path, packed: Path) -> None:
+    """The next version of a file."""
+    if path.is_symlink():
+        packed.parent.mkdir(parents=True, exist_ok=True)
+        packed.symlink_to(path.readlink())
+    elif path.is_file():
+        packed.parent.mkdir(parents=True, exist_ok=True)
+        packed.write_bytes(path.read_bytes() + b"\n#\n")
+        packed.chmod(path.stat().st_mode & 0o7777)
 
 
 def _write_database(path: Path, size: int) -> None:

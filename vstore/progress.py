@@ -15,6 +15,11 @@ class Progress(Protocol):
     def advance(self, count: int = 1) -> None:
         """So many more of the phase's units are done."""
 
+    def note(self, files: int, saved: int) -> None:
+        """What a count of bytes does not say: how many files that was, and how many of the bytes
+        were there already.
+        """
+
 
 class _Silent:
     """Shows nothing."""
@@ -23,6 +28,9 @@ class _Silent:
         pass
 
     def advance(self, count: int = 1) -> None:
+        pass
+
+    def note(self, files: int, saved: int) -> None:
         pass
 
 

@@ -118,6 +118,12 @@ class ProgressBar:
         if self._bar is not None:
             self._bar.update(count)
 
+    def note(self, files: int, saved: int) -> None:
+        """Show at the bar's end how many files that was, and how many bytes were there already."""
+        if self._bar is not None:
+            text = f"{files} files, {show_size(saved)} saved"
+            self._bar.set_postfix_str(text, refresh=False)
+
     def close(self) -> None:
         """Leave the bar as it is on its line; harmless when there is none."""
         if self._bar is not None:

@@ -1,8 +1,12 @@
 """vserver-copy between two machines over a real sshd: what it copies, what it says, its codes."""
 
+import itertools
 import json
+import mmap
 import os
+import re
 import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,9 +14,10 @@ import pytest
 
 from tests.conftest import Tool
 from tests.fixtures.filesystems import Site, is_immutable
+from tests.fixtures.persons import at_terminal
 from tests.fixtures.probes import need, on
 from tests.fixtures.runs import find_faults, unify
-from tests.fixtures.sshd import Machines, two_machines
+from tests.fixtures.sshd import PROGRAM, Machines, two_machines
 from tests.fixtures.trees import COPY_MAY_DIFFER, File, Row, differences, snapshot
 
 pytestmark = [need("root", "immutable", "lease", "sshd"), on("ext4")]
@@ -152,6 +157,66 @@ def test_it_says_what_it_did(machines: Machines, tool: Tool) -> None:
     assert lines["files"] == "47"
     assert done.stderr == ""
     assert copy(tool, machines, "-q", "web", "127.0.0.1:two").stdout == ""
+
+
+@pytest.mark.parametrize("way", ["push", "pull"])
+def test_the_rate_is_kept_in_both_directions(machines: Machines, tool: Tool, way: str) -> None:
+    """Whoever sends keeps it: bytes that do not compress take at least their time."""
+    site = machines.here if way == "push" else machines.there
+    site.add_guest("fat", [File("data", os.urandom(3 << 20))])
+    places = ["fat", "127.0.0.1:new"] if way == "push" else ["127.0.0.1:fat", "new"]
+    report = json.loads(copy(tool, machines, "--json", "--bwlimit", "1M", *places).stdout)
+    assert max(report["bytes_sent"], report["bytes_received"]) > 3 << 20
+    assert report["seconds"] > 2.5
+
+
+def test_progress_shows_bytes_files_and_what_is_saved(machines: Machines, tool: Tool) -> None:
+    copy(tool, machines, "-q", "web", "127.0.0.1:")
+    command: list[str | Path] = [PROGRAM, *machines.options(), "web", "127.0.0.1:two"]
+    with at_terminal(command, size=(24, 160)) as person:
+        said = person.wait_for("copy 127.0.0.1:two", timeout_s=60)
+        assert person.wait(timeout_s=60) == 0
+    assert "47 files" in said
+    assert re.search(r"[0-9.]+ [KM]?i?B saved", said), said
+    assert "B/s" in said
+
+
+# --- files that change though no time of them says so
+
+
+def test_a_store_through_a_mapping_never_arrives_in_halves(machines: Machines, tool: Tool) -> None:
+    """A dirty page stays dirty: no store to it changes the file's times, before and while it is
+    read. What arrives is one state of the file, or the file is named.
+    """
+    path = machines.here.root("web") / "srv/mapped"
+    path.write_bytes(bytes(24 << 20))
+    with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as view:
+        view[:8] = view[-8:] = bytes(8)
+        before = path.stat()
+        writing = threading.Event()
+
+        def write() -> None:
+            for number in itertools.count():
+                if writing.is_set():
+                    return
+                view[:8] = view[-8:] = number.to_bytes(8, "big")
+
+        thread = threading.Thread(target=write)
+        thread.start()
+        try:
+            done = tool("vserver-copy", *machines.options(), "-q", "web", "127.0.0.1:")
+        finally:
+            writing.set()
+            thread.join()
+        assert done.returncode in (0, 20), done.stderr
+        if done.returncode:
+            assert "srv/mapped: changed while it was read" in done.stderr
+        copied = machines.there.root("web") / "srv/mapped"
+        assert copied.stat().st_size == before.st_size
+        assert find_faults(machines.there.pool) == []
+        view.flush()
+    copy(tool, machines, "-q", "--refresh", "web", "127.0.0.1:")
+    assert equal(machines, "web", "web") == []
 
 
 # --- what is refused

@@ -1,13 +1,17 @@
 """The configuration that comes along, and guests that run: moved with a short pause."""
 
 import json
+import os
+import shlex
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.conftest import Tool
 from tests.fixtures.filesystems import Site
 from tests.fixtures.probes import need, on
+from tests.fixtures.sshd import PROGRAM, run_sshd
 from tests.fixtures.trees import COPY_MAY_DIFFER, File, differences, snapshot
 from tests.fixtures.vservers import Host, host_for_guests
 
@@ -135,6 +139,38 @@ def test_a_guest_that_runs_is_moved_and_its_downtime_said(host: Host, tool: Tool
         snapshot(source), snapshot(host.etc.vdirbase / "new"), ignoring=COPY_MAY_DIFFER
     )
     assert [line for line in found if "mtime" not in line] == []
+
+
+@need("cgroup_freezer", "sshd")
+def test_stop_and_start_reach_the_machine_that_the_guest_is_on(host: Host, tool: Tool) -> None:
+    """Over ssh, to this same machine: pulled from where it runs, then pushed to where it is to."""
+    host.add_busybox("web")
+    host.vserver("web", "start")
+    host.names += ["near", "far"]
+    folder = host.etc.vdirbase.parent / "sshd"
+    places = ("CONFDIR", "VDIRBASE", "RUNDIR")
+    words = [f"VSERVER_{key}={os.environ[f'VSERVER_{key}']}" for key in places]
+    with run_sshd(folder) as server:
+        reach: list[str | Path] = ["-p", f"{server.port}", "-i", server.key, "-F", os.devnull]
+        reach += ["--known-hosts", server.known_hosts()]
+        reach += ["--remote-command", f"env {shlex.join(words)} {PROGRAM}"]
+        move = [*reach, "--json", "--stop", "--start", "--context", "auto"]
+        pulled = tool("vserver-copy", *move, "127.0.0.1:web", "near")
+        assert pulled.returncode == 0, pulled.stderr
+        assert 0 < json.loads(pulled.stdout)["downtime_seconds"] < 120
+        host.vserver("web", "running", code=1)
+        host.vserver("near", "running")
+        assert host.inside("near", "hostname").strip() == "web"
+        pushed = tool("vserver-copy", *move, "near", "127.0.0.1:far")
+        assert pushed.returncode == 0, pushed.stderr
+        host.vserver("near", "running", code=1)
+        host.vserver("far", "running")
+        assert not (host.etc.confdir / "far/apps/init/mark").exists()
+        host.vserver("far", "stop")
+        (host.etc.vdirbase / "far/bin").rename(host.etc.vdirbase / "far/elsewhere")
+        failing = tool("vserver-copy", *reach, "--start", "--refresh", "far", "127.0.0.1:near")
+        assert failing.returncode == 1
+        assert "the copy is there, but cannot be started" in failing.stderr
 
 
 @need("cgroup_freezer")

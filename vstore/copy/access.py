@@ -84,8 +84,8 @@ class Session:
         line = self._status.readline()
         told = json.loads(line) if line else {"kind": "ConnectionLost", "message": "ended"}
         if "ok" not in told:
-            kinds = {kind.__name__: kind for kind in ToolError.__subclasses__()}
-            kinds.pop(ProgramMissing.__name__, None)
+            kinds = {kind.__name__: kind for kind in (*ToolError.__subclasses__(), ConnectionLost)}
+            kinds.pop(ProgramMissing.__name__, None)  # which is not made of a message alone
             kind = kinds.get(told["kind"], ToolError)
             raise kind(told["message"], hint=told.get("hint"))
         self._is_connected = True

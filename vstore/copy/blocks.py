@@ -79,6 +79,14 @@ def differing_known(
             first = number
 
 
+def are_as(data: bytes, digests: bytes, at: int, block: int) -> bool:
+    """Whether whole blocks from offset `at` on have the digests that were noted for them."""
+    place = at // block * DIGEST_BYTES
+    view = memoryview(data)
+    found = b"".join(digest_of(view[s : s + block]) for s in range(0, len(data), block))
+    return digests[place : place + len(found)] == found
+
+
 def blank(block: int) -> bytes:
     """The digest of a block of zeros."""
     return digest_of(bytes(block))

@@ -22,7 +22,7 @@ class Incoming:
         self._area = area
         self._chooser = chooser
         self._part: tuple[int, int] | None = None  # row, descriptor of what is arriving
-        self._follower: _Follower | None = None
+        self._follower: Follower | None = None
 
     def close(self) -> None:
         if self._part is not None:
@@ -67,7 +67,7 @@ class Incoming:
         try:
             if number in self._chooser.deltas:
                 base_fd = self._chooser.open_in_base(path, row.name)
-            self._follower = _Follower(fd, row.size, base_fd)
+            self._follower = Follower(fd, row.size, base_fd)
             if base_fd >= 0:
                 extents.copy_data(base_fd, fd, size=os.fstat(base_fd).st_size)
             os.ftruncate(fd, row.size)
@@ -89,7 +89,7 @@ class Incoming:
         return is_good
 
 
-class _Follower:
+class Follower:
     """Digests a file while its pieces arrive, so that little is left to be read at the end.
 
     That goes where they come in their order, and the gaps between them are no holes. What the gaps

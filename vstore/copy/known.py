@@ -99,7 +99,8 @@ class Contents:
     them once.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, most: int = _CONTENTS_BYTES) -> None:
+        self._most = most
         self._kept: dict[Key, bytes] = {}
         self._bytes = 0
         self._lock = threading.Lock()
@@ -108,7 +109,7 @@ class Contents:
         with self._lock:
             self._bytes += len(content) - len(self._kept.pop(key, b""))
             self._kept[key] = content
-            while self._bytes > _CONTENTS_BYTES:
+            while self._bytes > self._most:
                 self._bytes -= len(self._kept.pop(next(iter(self._kept))))
 
     def take(self, key: Key | None) -> bytes | None:

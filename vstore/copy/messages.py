@@ -22,7 +22,6 @@ from typing import Annotated, Any, Final, TypeVar
 import msgspec
 from msgspec import Meta
 
-from vstore import errors
 from vstore.copy.wire import Channel, ConnectionLost
 from vstore.errors import FormatUnknown, ToolError
 
@@ -310,10 +309,15 @@ class Dialogue:
         return message
 
 
+def is_plain(kind: type[ToolError]) -> bool:
+    """Whether it is one of those in `vstore.errors`, made of a message and a hint."""
+    return kind.__module__ == ToolError.__module__
+
+
 def revive(failure: Failure, peer: str) -> ToolError:
-    """The other side's error, with its exit code, if it is one that all of vstore has."""
-    shared = (known for known in ToolError.__subclasses__() if known.__module__ == errors.__name__)
-    kind = {known.__name__: known for known in shared}.get(failure.kind, ToolError)
+    """The other side's error, with its exit code."""
+    kinds = {kind.__name__: kind for kind in ToolError.__subclasses__() if is_plain(kind)}
+    kind = kinds.get(failure.kind, ToolError)
     return kind(f"{peer}: {failure.message}", hint=failure.hint or None)
 
 

@@ -449,6 +449,7 @@ class Receiver:
                 steps += [step] if step is not None else []
             self._pin(batch, pinned)
             yield steps, self._take_pins(batch)
+        self._progress.note(self.tally.files, self.tally.size - self.tally.lacking)
         self._progress.advance(sum(row.size for _, row in batch.rows))
 
     def _decide_later(self, batch: OpenBatch, place: int, pinned: list[int]) -> placer.Step | None:

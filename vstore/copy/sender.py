@@ -59,10 +59,15 @@ _TORN_AT_MOST: Final = 200
 _NAMED_AT_MOST: Final = 1000
 _SHOWN: Final = 4000  # bytes of a path
 _CHANGED: Final = "changed while it was read"
+_DAMAGED: Final = "is an object of the pool that is not what its name says: vpool verify --repair"
 
 
 class _Changed(Exception):
     """The file is not what the manifest says any more."""
+
+
+class _Damaged(Exception):
+    """The file is an object of the pool, and not what its name says."""
 
 
 class Sender:
@@ -90,6 +95,7 @@ class Sender:
         self._small: list[tuple[int, bytes]] = []
         self._small_bytes = 0
         self._folder: tuple[bytes, int] = (b"", -1)
+        self._files = self._saved = 0  # bytes that need not be sent
         self.files_sent = 0
 
     def send(self, batches: Iterator[Listed], *, is_refresh: bool) -> Result:
@@ -167,20 +173,21 @@ class Sender:
             raise Hostile(f"a choice from batch {want.batch} where {batch.number} is next")
         wanted = frozenset(list_bits(want.wanted, batch.count))
         proven = frozenset(list_bits(want.proven, batch.count))
-        proofs = []
-        size = 0
-        for place, (path, row) in enumerate(batch.rows()):
-            if place in proven:
-                proofs.append(self._prove(path, row, want.nonce))
-            if place in wanted:
-                if not row.is_file:
-                    raise Hostile("a wish for the content of what is no file")
-                self._send_row(batch.first + place, path, row, batch.keys[place])
-            size += row.size
+        rows = list(batch.rows())
+        proofs = [self._prove(*rows[place], want.nonce) for place in sorted(proven)]
+        for place in sorted(wanted, key=lambda place: (_rank(rows[place][1]), place)):
+            path, row = rows[place]
+            if not row.is_file:
+                raise Hostile("a wish for the content of what is no file")
+            self._send_row(batch.first + place, path, row, batch.keys[place])
         self._send_small()
         if proofs:
             self._dialogue.send(Proofs(batch.number, proofs))
         self._dialogue.send(Served(batch.number))
+        size = sum(row.size for _, row in rows)
+        self._files += sum(row.is_file for _, row in rows)
+        self._saved += size - sum(rows[place][1].size for place in wanted)
+        self._progress.note(self._files, self._saved)
         self._progress.advance(size)
 
     def _send_row(self, number: int, path: bytes, row: Row, key: Key | None) -> None:
@@ -195,6 +202,8 @@ class Sender:
             else:
                 self._send_unchanged(number, path, row, key, base, bytes(digests))
             self.files_sent += 1
+        except _Damaged:
+            self._drop(number, _DAMAGED, is_error=True)
         except _Changed:
             self._changed.append(full)
             self._drop(number, _CHANGED, is_error=False)
@@ -224,16 +233,17 @@ class Sender:
             if not _is_as_listed(fd, row, key):
                 raise _Changed
             status = os.fstat(fd)
-            if status.st_size <= SMALL and status.st_blocks * 512 >= status.st_size:
+            is_dense = status.st_blocks * 512 >= status.st_size
+            if status.st_size <= SMALL and is_dense:
                 content = os.pread(fd, row.size, 0)
-                if len(content) != row.size or not _is_as_listed(fd, row, key):
-                    raise _Changed
+                _check(fd, row, key, blake3(content).digest())
                 self._put_small(number, content)
                 return
             if base is not None:
                 self._send_blocks(number, fd, row, base, digests)
             else:
-                self._send_pieces(number, fd, row.size)
+                found = self._send_pieces(number, fd, row.size)
+                _check(fd, row, key, found if is_dense else row.digest)
             if not _is_as_listed(fd, row, key):
                 raise _Changed
             self._dialogue.send(Piece(number, row.size, b"", last=True))
@@ -244,23 +254,31 @@ class Sender:
         self._send_pieces(number, fd, size)
         self._dialogue.send(Piece(number, size, b"", last=True))
 
-    def _send_pieces(self, number: int, fd: int, size: int) -> None:
+    def _send_pieces(self, number: int, fd: int, size: int) -> bytes:
+        """Send all but the holes; gives the digest of what was sent."""
         self._send_small()
+        hasher = blake3()
         for start, end in extents.data_ranges(fd, size):
             for at in range(start, end, _PACKED):
                 data = os.pread(fd, min(_PACKED, end - at), at)
+                hasher.update(data)
                 self._dialogue.send(Piece(number, at, data))
+        return hasher.digest()
 
     def _send_blocks(self, number: int, fd: int, row: Row, base: Base, digests: bytes) -> None:
         if len(digests) != blocks.count_blocks(base.size, base.block) * blocks.DIGEST_BYTES:
             raise Hostile("digests of blocks that are not all there")
         self._send_small()
         own = self._listing.known_blocks(fd)
-        if own and base.block == blocks.choose_block(row.size):
+        if base.block != blocks.choose_block(row.size):
+            own = b""
+        if own:
             found = blocks.differing_known(fd, row.size, base.block, own, digests, base.size)
         else:
             found = blocks.differing(fd, row.size, base.block, digests, base.size)
         for at, data in found:
+            if own and not blocks.are_as(data, own, at, base.block):
+                raise _Changed
             for start in range(0, len(data), _PACKED):
                 self._dialogue.send(Piece(number, at + start, data[start : start + _PACKED]))
 
@@ -360,6 +378,13 @@ class Sender:
         )
 
 
+def _rank(row: Row) -> int:
+    """Of what is asked for the large files go first, the largest before all; small ones go together
+    in their order.
+    """
+    return -row.size if row.size > SMALL else 0
+
+
 def _is_as_listed(fd: int, row: Row, key: Key | None) -> bool:
     status = os.fstat(fd)
     if key is None:  # an object: no link of it changes what its name says
@@ -369,6 +394,14 @@ def _is_as_listed(fd: int, row: Row, key: Key | None) -> bool:
             row.mtime_ns,
         )
     return (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns) == key
+
+
+def _check(fd: int, row: Row, key: Key | None, digest: bytes) -> None:
+    """Hold what was read against the manifest: a store through a mapping leaves all times as they
+    are.
+    """
+    if digest != row.digest:
+        raise _Damaged if key is None and inode.is_immutable(fd) else _Changed
 
 
 def _copy_now(fd: int, size: int, root_fd: int) -> int:

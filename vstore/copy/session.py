@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import socket
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -50,6 +51,8 @@ def run(access: Access, command: str, end: socket.socket, status_fd: int) -> int
     Lines of JSON on `status_fd` tell how that goes: that the program was started or why it could
     not be, then how it ended. Returns the exit code of this process.
     """
+    if not log.isEnabledFor(logging.DEBUG):
+        logging.getLogger("paramiko").setLevel(logging.CRITICAL)  # it logs what it raises
     with os.fdopen(status_fd, "w", encoding="utf-8") as status:
         try:
             with contextlib.ExitStack() as stack:
@@ -163,7 +166,7 @@ class _Connector:
         if jump.lower() != "none":
             return self._jump(jump.split(","))
         if command.lower() != "none":
-            return paramiko.ProxyCommand(command)
+            return self._run_proxy(command)
         try:
             found = socket.create_connection((self._host, self._port), timeout=_TIMEOUT_S)
         except OSError as error:
@@ -174,6 +177,24 @@ class _Connector:
         found.settimeout(None)
         found.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return found
+
+    def _run_proxy(self, command: str) -> socket.socket:
+        """A connection through a program's stdin and stdout. paramiko has its own way, which does
+        not notice that the program has ended.
+        """
+        ours, theirs = socket.socketpair()
+        process = subprocess.Popen(  # noqa: S603 - the user's own words, as ssh(1) takes them
+            ["/bin/sh", "-c", f"exec {command}"], stdin=theirs.fileno(), stdout=theirs.fileno()
+        )
+        theirs.close()
+
+        def end() -> None:
+            process.terminate()
+            process.wait()
+            ours.close()
+
+        self._stack.callback(end)
+        return ours
 
     def _jump(self, hops: list[str]) -> Any:
         """A connection to the host through the last of the hops, which goes through the others."""
@@ -227,9 +248,13 @@ class _Connector:
 
     def _log_in(self, transport: paramiko.Transport) -> None:
         allowed: list[str] = []
-        with contextlib.suppress(paramiko.SSHException):
+        try:
             transport.auth_none(self._user)
             return
+        except paramiko.BadAuthenticationType as error:
+            allowed = error.allowed_types
+        except paramiko.SSHException as error:
+            log.debug("%s: %s", self._access.shown, error)
         tried = 0
         for key in self._keys():
             tried += 1
