@@ -15,7 +15,7 @@ from vrun import state
 from vrun.cgroup import BASE, Group
 from vrun.errors import ToolError
 from vrun.hierarchy import find_hierarchies
-from vstore.guest import load_state, rundir
+from vstore.guest import rundir
 from vstore.record import dataclass, field
 
 HOST: Final = 0
@@ -147,7 +147,7 @@ def _members(names: Iterable[str]) -> Iterable[Member]:
 def _load(name: str) -> Member | None:
     """What is known of one; of a guest that starts or stops only what it has made."""
     is_guest = not (rundir() / name / MADE_BY_HAND).exists()
-    running = load_state(name)
+    running = state.find_running(name)
     if running is not None:
         group, init = running.cgroup, (running.init_pid, running.init_start)
         return Member(running.xid, name, group, *init, is_guest=is_guest)

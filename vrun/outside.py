@@ -151,10 +151,10 @@ def take_number(context: Context) -> None:
         context.resources = state.Resources(xid, profile=context.order.profile)
         state.write_resources(context.spec.name, context.resources)  # its cgroup is found by it
 
-    state.reserve_xid(context.spec.name, context.spec.xid, is_taken=_has_group, note=keep)
+    state.reserve_xid(context.spec.name, context.spec.xid, is_taken=has_group, note=keep)
 
 
-def _has_group(xid: int) -> bool:
+def has_group(xid: int) -> bool:
     """Whether there is a cgroup of that number where they usually are."""
     v2 = find_hierarchies().v2
     scope = v2 / systemd.SLICE / systemd.scope_name(xid)
