@@ -9,7 +9,7 @@ PYTEST := $(BIN)/python -m pytest
 .PHONY: help demo test lint bench soak test-vm install-deps clean
 
 help:
-	@echo "make demo          ten real guests, unified: what it saves; one of them booted"
+	@echo "make demo          ten real guests, unified: what it saves; one booted and upgraded"
 	@echo "make test          lint, then every test (root; some 12 minutes)"
 	@echo "make lint          ruff, mypy, lint-imports"
 	@echo "make bench         python -m bench unify, against jdupes, hardlink and rdfind"

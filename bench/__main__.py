@@ -5,6 +5,9 @@
     python -m bench start --repeat 20     a guest beside systemd-nspawn, runc, ...; 50 at once
     python -m bench cow                   a guest that shares its files, beside one that does not
     python -m bench copy                  a guest to another machine, beside rsync and tar
+    python -m bench growth                disk use of one guest more, and one more
+    python -m bench all                   each of these, some two hours, and then:
+    python -m bench index                 one page and charts of the reports that are there
 
 Reports go to bench/reports/ as Markdown and JSON. A text NAME.notes.md beside them becomes part
 of the Markdown.
@@ -17,7 +20,7 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,7 +28,18 @@ from typing import Final, NoReturn
 
 import vrun
 import vstore
-from bench import cases, copies, copyreport, cow, machine, report, startreport, starts
+from bench import (
+    cases,
+    copies,
+    copyreport,
+    cow,
+    growth,
+    index,
+    machine,
+    report,
+    startreport,
+    starts,
+)
 from bench.cases import Options, Results
 from bench.figures import Target, scale_targets, unify_targets
 from bench.images import FILE_SYSTEMS, BenchError, enter_mount_namespace
@@ -41,6 +55,19 @@ _CASES: Final = {"unify": cases.unify, "scale": cases.scale}
 _START: Final = "start"
 _COW: Final = "cow"
 _COPY: Final = "copy"
+_GROWTH: Final = "growth"
+_INDEX: Final = "index"
+_ALL: Final = "all"
+_EACH: Final = {
+    "unify": (),
+    "scale": (),
+    _GROWTH: (),
+    _START: ("--repeat", "20"),
+    _COW: ("--fs", "ext4"),
+    _COPY: (),
+    _INDEX: (),
+}
+"""What `all` does, with the options that the committed reports were made with."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -52,14 +79,8 @@ def main(arguments: Sequence[str]) -> int:
     try:
         _check(options)
         enter_mount_namespace(list(arguments))
-        if options.case == _START:
-            _run_starts(options)
-        elif options.case == _COW:
-            _run_cow(options)
-        elif options.case == _COPY:
-            _run_copies(options)
-        else:
-            _run(options)
+        for chosen in _cases(options, arguments):
+            _RUNNERS.get(chosen.case, _run)(chosen)
     except BenchError as error:
         log.error("bench: %s", error)
         return 1
@@ -67,6 +88,14 @@ def main(arguments: Sequence[str]) -> int:
         log.warning("bench: interrupted; nothing is left behind")
         return 130
     return 0
+
+
+def _cases(options: argparse.Namespace, arguments: Sequence[str]) -> list[argparse.Namespace]:
+    """The one case, or all of them; what was asked for goes before what is usual."""
+    if options.case != _ALL:
+        return [options]
+    asked = [word for word in arguments if word != _ALL]
+    return [_parse([case, *usual, *asked]) for case, usual in _EACH.items()]
 
 
 def _interrupt(*_: object) -> NoReturn:
@@ -78,7 +107,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         "python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("case", choices=sorted([*_CASES, _START, _COW, _COPY]))
+    add("case", choices=sorted([*_EACH, _ALL]))
     add("--size", choices=("small", "full"), default="full")
     add("--repeat", type=int, default=3, metavar="N", help="rounds in turn (default 3)")
     add("--fs", choices=FILE_SYSTEMS, default="xfs", help="file system of the trees (default xfs)")
@@ -112,8 +141,9 @@ def _check(options: argparse.Namespace) -> None:
         raise BenchError("it mounts file systems and links as root does: run it as root")
     needed = ["unshare", "mount"]
     needed += ["busybox"] if options.case == _START else [f"mkfs.{options.fs}"]
-    needed += ["debootstrap", "tar"] if options.case in ("unify", _COPY) else []
-    needed += ["ip", "tc", "rsync", "zstd", "ssh"] if options.case == _COPY else []
+    is_all = options.case == _ALL
+    needed += ["debootstrap", "tar"] if is_all or options.case in ("unify", _COPY, _GROWTH) else []
+    needed += ["ip", "tc", "rsync", "zstd", "ssh"] if is_all or options.case == _COPY else []
     missing = [name for name in needed if shutil.which(name) is None]
     if missing:
         raise BenchError(f"not installed: {', '.join(missing)}")
@@ -208,6 +238,33 @@ def _run_copies(options: argparse.Namespace) -> None:
     )
     copyreport.write(made, options.out, name)
     sys.stdout.write(report.show_targets(made.targets))
+
+
+def _run_growth(options: argparse.Namespace) -> None:
+    load = os.getloadavg()[0]
+    steps = growth.measure(options.size, options.fs, options.work or scratch())
+    name = _report_name(options)
+    made = growth.GrowthReport(
+        day=datetime.now(UTC).date().isoformat(),
+        size=options.size,
+        machine=machine.look(file_system=options.fs, load_before=load),
+        steps=steps,
+        notes=_notes(options.out / f"{name}.notes.md"),
+    )
+    growth.write(made, options.out, name)
+
+
+def _write_index(options: argparse.Namespace) -> None:
+    index.write(options.out)
+
+
+_RUNNERS: Final[dict[str, Callable[[argparse.Namespace], None]]] = {
+    _START: _run_starts,
+    _COW: _run_cow,
+    _COPY: _run_copies,
+    _GROWTH: _run_growth,
+    _INDEX: _write_index,
+}
 
 
 def _chosen_programs(options: argparse.Namespace) -> list[Program]:

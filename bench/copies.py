@@ -9,7 +9,7 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +17,8 @@ from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import Final
 
+from bench import channels
+from bench.channels import Carried
 from bench.figures import Spread, Target, spread
 from bench.images import BenchError
 from bench.wires import THERE, Wire, joined
@@ -38,6 +40,12 @@ FIRST, SIBLING, SAME, UPGRADE, DATABASE = (
     "after an upgrade",
     "changed database",
 )
+BYTES, OBJECTS, FAR = "bytes", "small objects", "bytes, 100 ms away, at 100 Mbit/s"
+_BYTES_MIB: Final = 400
+_OBJECTS: Final = 200_000
+_FAR_MIB: Final = 40
+_FAR_S: Final = 0.1  # there and back
+_LINK_MB_PER_S: Final = 12.5
 _PACKAGE: Final = {"small": "perl-base", "full": "perl-base"}
 _DATABASE_BYTES: Final = {"small": 256 << 20, "full": 2 << 30}
 _PAGE: Final = 16 << 10
@@ -64,6 +72,7 @@ class Results:
     copies: list[Copy] = field(default_factory=list)
     guest_bytes: int = 0
     guest_files: int = 0
+    carried: dict[str, Carried] = field(default_factory=dict)  # by the channel alone
 
 
 def measure(*, size: str, rounds: int, work: Path) -> Results:
@@ -75,7 +84,20 @@ def measure(*, size: str, rounds: int, work: Path) -> Results:
         for number in range(1, rounds + 1):
             with _machines(size, work) as wire:
                 _Round(wire, recipe, size, rate, number, results).run()
+                if number == rounds:
+                    results.carried.update(_try_channel(wire, rate))
     return results
+
+
+def _try_channel(wire: Wire, rate: str) -> dict[str, Carried]:
+    """What the ssh channel carries by itself, at this rate of the wire."""
+    wire.limit(RATES[rate])
+    if RATES[rate]:
+        return {FAR: channels.send_from(wire, mib=_FAR_MIB, delay_s=_FAR_S / 2)}
+    return {
+        BYTES: channels.send_from(wire, mib=_BYTES_MIB),
+        OBJECTS: channels.send_from(wire, objects=_OBJECTS),
+    }
 
 
 @contextmanager
@@ -281,4 +303,21 @@ def targets(results: Results) -> list[Target]:
         what = "time" if value is wall_of else "bytes on the wire"
         name = f"{scenario}, {rate}: {what}, as a part of rsync's"
         found.append(Target(name, wanted, part.middle if part else None, "x"))
-    return found
+    return [*found, *_channel_targets(results.carried)]
+
+
+def _channel_targets(carried: Mapping[str, Carried]) -> list[Target]:
+    raw, small, far = (carried.get(name) for name in (BYTES, OBJECTS, FAR))
+    name = "the ssh channel alone"
+    part = far.mb_per_s / _LINK_MB_PER_S if far else None
+    return [
+        Target(f"{name}: {BYTES}", 200, raw.mb_per_s if raw else None, "MB/s", at_most=False),
+        Target(
+            f"{name}: {OBJECTS}",
+            20_000,
+            small.objects_per_s if small else None,
+            "/s",
+            at_most=False,
+        ),
+        Target(f"{name}: {FAR}, as a part of the link", 0.8, part, "x", at_most=False),
+    ]

@@ -52,6 +52,8 @@ def as_markdown(report: CopyReport) -> str:
         "## Machine\n",
         show_machine(report.machine),
     ]
+    if results.carried:
+        parts += ["## The ssh channel alone\n", _channel(results)]
     for rate in RATES:
         parts += [f"## {rate}\n", _copies([copy for copy in results.copies if copy.rate == rate])]
     if report.notes:
@@ -76,6 +78,14 @@ def _copies(copies: Sequence[Copy]) -> str:
                 )
     headers = ["what", "program", "s", "s to write out what it left", "MB on the wire"]
     return table(headers, rows)
+
+
+def _channel(results: Results) -> str:
+    rows = [
+        [name, f"{found.seconds:.2f}", f"{found.mb_per_s:.1f}", f"{found.objects_per_s:.0f}"]
+        for name, found in results.carried.items()
+    ]
+    return table(["what", "s", "MB/s", "objects/s"], rows)
 
 
 def write(report: CopyReport, folder: Path, name: str) -> None:

@@ -3,7 +3,7 @@
 One Debian guest does the same work in several places in turn: under `vserver` with all its files
 shared and copied on write, in a plain chroot of a private copy (native), under systemd-nspawn on
 that copy, and in a chroot on overlayfs. A script inside takes the times; each round has files of
-its own to break, to delete and to unpack.
+its own to break and to delete. What takes longer is done by turns (bench/cowturns.py).
 """
 
 import json
@@ -18,9 +18,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
 
+from bench import cowmemory, cowturns, postgres
+from bench.cowmemory import Memory
+from bench.cowturns import PGBENCH, SQLITE, TAR, Turns
 from bench.figures import Target, spread
 from bench.images import BenchError
-from bench.report import FORMAT, Machine, show_machine, show_spread, show_targets, table
+from bench.report import (
+    FORMAT,
+    Machine,
+    show_machine,
+    show_mib,
+    show_spread,
+    show_targets,
+    table,
+)
 from tests.fixtures import guests
 from tests.fixtures.filesystems import mount_image, private_folder
 from tests.fixtures.guestconfig import write_keys
@@ -37,12 +48,12 @@ _BIN: Final = Path(sys.executable).parent
 _TIMEOUT_S: Final = 900.0
 _MICRO: Final = ("read-open", "write-open", "create and unlink", "chmod")
 _SHARED: Final = ("first write-open of a shared file", "unlink of a shared file")
-_JOBS: Final = ("unpack a tar", "install 50 packages again", "sqlite")
+_INSTALL: Final = "install 50 packages again"
 _MICROSECONDS: Final = frozenset((*_MICRO, *_SHARED))
 
 _SCRIPT: Final = r"""
-import glob, json, os, sqlite3, subprocess, sys, time
-loops, files, turn = map(int, sys.argv[1:4])
+import glob, json, os, subprocess, sys, time
+loops, turn = map(int, sys.argv[1:3])
 found = {}
 
 def micro(name, act):
@@ -68,19 +79,8 @@ def each(name, act, paths):
 def run(*argv):
     subprocess.run(argv, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
-def sqlite(path="/srv/bench/base.sqlite"):
-    base = sqlite3.connect(path, isolation_level=None)
-    base.execute("create table t (a integer primary key, b text)")
-    for number in range(files // 100):
-        base.execute("insert into t values (?, ?)", (number, "x" * 100))
-    base.execute("begin")
-    for number in range(files, files * 6):
-        base.execute("insert into t values (?, ?)", (number, "x" * 100))
-    base.execute("commit")
-    base.close()
-
 run("rm", "-rf", "/srv/bench")
-os.makedirs("/srv/bench/out")
+os.makedirs("/srv/bench")
 own = "/srv/bench/own"
 with open(own, "w") as file:
     file.write("own")
@@ -96,10 +96,8 @@ part = docs[turn * 400:turn * 400 + 400]
 each("first write-open of a shared file",
      lambda path: os.close(os.open(path, os.O_WRONLY)), part[::2])
 each("unlink of a shared file", os.unlink, part[1::2])
-once("unpack a tar", lambda: run("tar", "-xf", "/srv/files.tar", "-C", "/srv/bench/out"))
 once("install 50 packages again", lambda: run("sh", "-c",
      "dpkg --force-confnew --force-unsafe-io -i /srv/packages/*.deb"))
-once("sqlite", sqlite)
 run("rm", "-rf", "/srv/bench")
 print(json.dumps(found))
 """
@@ -118,7 +116,9 @@ class Round:
 class Results:
     rounds: Sequence[Round]
     missing: Mapping[str, str]
-    """Places that could not be had, and why."""
+    """What could not be had, and why: places, programs."""
+    turns: Turns
+    memory: Sequence[Memory] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,33 +161,47 @@ def measure(rounds: int, file_system: str, *, is_small: bool) -> Results:
     made: list[Round] = []
     missing: dict[str, str] = {}
     loops, files = (500, 2_000) if is_small else (3_000, 20_000)
-    with private_folder() as folder, _site(folder, file_system, files) as site:
+    with private_folder() as folder, _site(folder, file_system, files, missing) as site:
         for turn in range(rounds):
             for place in PLACES:
                 if place in missing:
                     continue
                 try:
-                    seconds = _run(site, place, loops, files, turn)
+                    seconds = _run(site, place, loops, turn)
                 except (OSError, ValueError, subprocess.SubprocessError) as error:
                     missing[place] = str(error)[-300:]
                     log.warning("%s: %s", place, error)
                 else:
                     log.info("%s, round %d: done", place, turn + 1)
                     made.append(Round(place, turn + 1, seconds))
-    if VSERVER in missing:
-        raise BenchError(missing[VSERVER])
-    return Results(made, missing)
+        if VSERVER in missing:
+            raise BenchError(missing[VSERVER])
+        commands = {place: _inside(site, place) for place in PLACES if place not in missing}
+        turns = cowturns.measure(commands, site.environment, is_small=is_small)
+    memory: list[Memory] = []
+    if not is_small:
+        with private_folder() as folder:
+            try:
+                memory = cowmemory.measure(folder)
+            except BenchError as error:
+                missing["memory of further guests"] = str(error)[-300:]
+    return Results(made, {**missing, **turns.missing}, turns, memory)
 
 
 @contextmanager
-def _site(folder: Path, file_system: str, files: int) -> Iterator[Site]:
+def _site(folder: Path, file_system: str, files: int, missing: dict[str, str]) -> Iterator[Site]:
     site = Site(folder, mount_image(file_system, folder, size=16 << 30))
     for name in ("conf", "run", "log"):
         (folder / name).mkdir()
     site.base.mkdir()
-    for root in (site.base / "web", site.base / "db", site.plain, site.lower, site.booth):
-        guests.unpack(guests.DB, root)
-        _add_work(root, files)
+    guests.unpack(guests.DB, site.lower)
+    try:
+        postgres.install(site.lower, guests.DB.release)
+    except BenchError as error:
+        missing["PostgreSQL"] = str(error)
+    _add_work(site.lower, files)
+    for root in (site.base / "web", site.base / "db", site.plain, site.booth):
+        _command(site, "cp", "-a", "--reflink=never", site.lower, root)
     for name in ("upper", "work", "merged"):
         (site.mount / name).mkdir()
     for number, name in enumerate(("web", "db")):
@@ -245,15 +259,22 @@ def _command(site: Site, *argv: str | Path, timeout_s: float = _TIMEOUT_S) -> st
     return done.stdout
 
 
-def _run(site: Site, place: str, loops: int, files: int, turn: int) -> dict[str, float]:
-    script = ("python3", "-c", _SCRIPT, str(loops), str(files), str(turn))
-    before: dict[str, tuple[str | Path, ...]] = {
+def _inside(site: Site, place: str) -> list[str]:
+    """What runs a program in that place."""
+    nspawn = (NSPAWN, "-q", "--register=no", "--keep-unit", "--as-pid2", "--pipe")
+    commands: dict[str, tuple[str | Path, ...]] = {
         VSERVER: (_BIN / "vserver", "web", "exec"),
         NATIVE: ("chroot", site.plain),
         OVERLAY: ("chroot", site.merged),
-        NSPAWN: (NSPAWN, "-q", "--register=no", "--keep-unit", "-D", site.booth),
+        NSPAWN: (*nspawn, "-D", site.booth),
     }
-    found: dict[str, float] = json.loads(_command(site, *before[place], *script).splitlines()[-1])
+    return [os.fspath(word) for word in commands[place]]
+
+
+def _run(site: Site, place: str, loops: int, turn: int) -> dict[str, float]:
+    script = ("python3", "-c", _SCRIPT, str(loops), str(turn))
+    said = _command(site, *_inside(site, place), *script)
+    found: dict[str, float] = json.loads(said.splitlines()[-1])
     return found
 
 
@@ -282,10 +303,17 @@ def targets(results: Results) -> list[Target]:
             _compare(results, NATIVE, "read-open", lambda ours, theirs: (ours - theirs) * micro),
             "µs",
         ),
-        Target("unpacking a tar, of native", 2, _part(results, NATIVE, _JOBS[0]), "times"),
-        Target("packages again, of overlayfs", 1.3, _part(results, OVERLAY, _JOBS[1]), "times"),
-        Target("sqlite, of native", 1.03, _part(results, NATIVE, _JOBS[2]), "times"),
+        Target("packages again, of overlayfs", 1.3, _part(results, OVERLAY, _INSTALL), "times"),
+        *(
+            Target(f"{what}, of native", most, _by_turns(results, what), "times")
+            for what, most in ((TAR, 2), (SQLITE, 1.03), (PGBENCH, 1.03))
+        ),
     ]
+
+
+def _by_turns(results: Results, what: str) -> float | None:
+    found = spread(results.turns.ratios(what, VSERVER, NATIVE))
+    return found.middle if found else None
 
 
 def _all(results: Results, place: str, what: str) -> list[float]:
@@ -308,19 +336,10 @@ def as_markdown(report: CowReport) -> str:
     """The report for a reader."""
     places = [place for place in PLACES if place not in report.results.missing]
     rows = []
-    for what in (*_MICRO, *_SHARED, *_JOBS):
+    for what in (*_MICRO, *_SHARED, _INSTALL):
         is_micro = what in _MICROSECONDS
         figures = [
-            show_spread(
-                spread(
-                    [
-                        value * (1e6 if is_micro else 1)
-                        for value in _all(report.results, place, what)
-                    ]
-                ),
-                digits=1 if is_micro else 2,
-            )
-            for place in places
+            _show(_all(report.results, place, what), 1e6 if is_micro else 1) for place in places
         ]
         rows.append([f"{what}, {'µs' if is_micro else 's'}", *figures])
     missing = [f"- {place}: {why}\n" for place, why in report.results.missing.items()]
@@ -331,13 +350,48 @@ def as_markdown(report: CowReport) -> str:
         show_targets(report.targets),
         "## Figures\n",
         table(["", *places], rows),
+        "## By turns\n",
+        "Milliseconds, and how many times as long as native: the middle of all rounds' ratios.\n",
+        table(["", *places], _turn_rows(report.results, places)),
+        *(
+            ["## Memory of further guests\n", _memory(report.results.memory)]
+            if report.results.memory
+            else []
+        ),
         *(["Could not be had:\n", "".join(missing)] if missing else []),
-        "Not measured: pgbench, apt-get with its downloads, memory of further guests.\n",
         "## Machine\n",
         show_machine(report.machine),
         *([f"## Notes\n\n{report.notes}"] if report.notes else []),
     ]
     return "\n".join(parts)
+
+
+def _show(values: Sequence[float], scale: float) -> str:
+    digits = 2 if scale == 1 else 1
+    return show_spread(spread([value * scale for value in values]), digits=digits)
+
+
+def _turn_rows(results: Results, places: Sequence[str]) -> list[list[str]]:
+    rows = []
+    for what in cowturns.JOBS:
+        cells = []
+        for place in places:
+            ratio = spread(results.turns.ratios(what, place, NATIVE))
+            times = f", {ratio.middle:.3f} times" if ratio and place != NATIVE else ""
+            cells.append(_show(results.turns.all(what, place), 1e3) + times)
+        rows.append([what, *cells])
+    return rows
+
+
+def _memory(memory: Sequence[Memory]) -> str:
+    """Of the page cache and the processes, for the first guest and for each further one."""
+    heads = ("page cache", "Pss of its processes", "Pss of its runtime")
+    rows = []
+    for one in memory:
+        for which, held in (("the first", one.first), ("each further", one.further)):
+            sizes = [show_mib(size) for size in (held.cache, held.pss, held.runtime)]
+            rows.append([f"{one.state}, {which} of {one.guests} (MiB)", *sizes])
+    return table(["", *heads], rows)
 
 
 def write(report: CowReport, folder: Path, name: str) -> None:

@@ -74,11 +74,14 @@ def prepare(corpus: Sequence[Herd]) -> None:
 
 def lay_out(corpus: Sequence[Herd], root: Path) -> list[Path]:
     """Put the corpus's guests below `root`; gives their trees."""
-    trees: list[Path] = []
-    for herd in corpus:
-        for _ in range(herd.guests):
-            trees.append(_make_guest(herd.recipe, root, len(trees) + 1))
-    return trees
+    return list(lay_out_one_by_one(corpus, root))
+
+
+def lay_out_one_by_one(corpus: Sequence[Herd], root: Path) -> Iterator[Path]:
+    """Put one guest after the other below `root`, each when it is asked for."""
+    recipes = [herd.recipe for herd in corpus for _ in range(herd.guests)]
+    for number, recipe in enumerate(recipes, start=1):
+        yield _make_guest(recipe, root, number)
 
 
 def _make_guest(recipe: Recipe, root: Path, number: int) -> Path:

@@ -1,4 +1,5 @@
-"""What `make demo` shows: ten real guests in an image file, unified, and one of them booted.
+"""What `make demo` shows: ten real guests in an image file, unified; one of them booted, a package
+upgraded in it, and what the others have seen of that.
 
 Everything happens below one private folder, by the installed commands. However the demo ends the
 guest is stopped and the folder taken down; only the cache of built guests stays.
@@ -16,6 +17,7 @@ from pathlib import Path
 from time import monotonic
 from typing import Final, NoReturn
 
+from bench.witness import digest_trees
 from tests.fixtures.filesystems import (
     Filesystem,
     Site,
@@ -32,16 +34,20 @@ from tests.fixtures.guests import (
     CannotBuild,
     add_extra_files,
     build_all,
+    cache_folder,
     cannot_build,
     personalise,
     unpack,
 )
+from tests.fixtures.mirrors import newer_package
 from tests.fixtures.sshd import find_sshd, run_sshd
 
 _NAMES: Final = tuple(f"{role}{number}" for role in ("web", "db") for number in range(1, 6))
 _IMAGE_SIZE: Final = 12 << 30
 _DISK_NEEDED: Final = 7 << 30
 """Ten guests that share nothing, and the archives of two."""
+_PACKAGE: Final = "git"
+"""The one with the most files."""
 _VICTIM: Final = "usr/lib/os-release"
 BOOTED: Final = "web2"
 _RUN: Final = os.getpid()
@@ -125,16 +131,19 @@ def _demonstrate(folder: Path) -> None:
         f"{after / before:.0%} of what it was."
     )
     _break_one(site)
-    _boot_one(site)
-    _run("vpool", "verify")
     _copy_two(site, folder)
+    _boot_one(site)
+    _upgrade_one(site, folder, empty)
+    _run("vserver", BOOTED, "stop")
+    _run("vserver", BOOTED, "status", code=3)
+    _run("vpool", "verify")
 
 
 def _copy_two(site: Site, folder: Path) -> None:
     """Two guests go to another machine: the second one finds most of itself there."""
-    mount = site.filesystem.mount
-    (mount / "other").mkdir()
-    there = make_site(Filesystem("ext4", mount, mount / "other"))
+    (folder / "other").mkdir()
+    mount = mount_image("ext4", folder / "other", size=_IMAGE_SIZE)
+    there = make_site(Filesystem("ext4", mount, mount))
     places = {"CONFDIR": there.confdir, "VDIRBASE": there.vdirbase, "RUNDIR": there.rundir}
     shown = " ".join(f"VSERVER_{name}={path}" for name, path in places.items())
     _say("\nAnother machine, behind an sshd of its own on the loopback, with nothing on it yet:")
@@ -205,7 +214,7 @@ def _break_one(site: Site) -> None:
 
 
 def _boot_one(site: Site) -> None:
-    """Start a guest as it is, unified; see it from inside and from outside; stop it."""
+    """Start a guest as it is, unified; see it from inside and from outside."""
     _say(f"\n{BOOTED} gets settings of its own, and boots with all that it shares:")
     for key, value in _SETTINGS.items():
         site.configure(BOOTED, key, f"{value}\n")
@@ -217,8 +226,42 @@ def _boot_one(site: Site) -> None:
     _say("\nIts servers asked for every address of the machine, and got its own:")
     _run("ss", "-Hltn", "src", _ADDRESS)
     _run("vserver", BOOTED, "exec", "curl", "--head", "--silent", f"http://{_ADDRESS}/")
-    _run("vserver", BOOTED, "stop")
-    _run("vserver", BOOTED, "status", code=3)
+
+
+def _upgrade_one(site: Site, folder: Path, empty: int) -> None:
+    """Upgrade a package in the guest that runs; look at the others; unify again."""
+    mount = site.filesystem.mount
+    kept = sorted((cache_folder() / "packages" / WEB.release).glob(f"{_PACKAGE}_*.deb"))
+    if not kept:
+        raise DemoFailed(f"the cache of packages has no {_PACKAGE}")
+    package, version = newer_package(folder, kept[-1])
+    _say(
+        f"\nA newer {_PACKAGE} comes out, {version}. Before {BOOTED} gets it, a look at the others:"
+    )
+    others = [name for name in _NAMES if name != BOOTED]
+    before = digest_trees([site.root(name) for name in others])
+    _say(
+        f"  SHA-256 of nine trees, every name, byte, mode, owner, time and xattr: {before[:16]}..."
+    )
+    shutil.copy2(package, site.root(BOOTED) / "root" / package.name)
+    shared = empty - free_bytes(mount)
+    _say(f"  Disk use by statvfs: {_megabytes(shared)}")
+    install = ("apt-get", "install", "--yes", "--quiet=2", f"/root/{package.name}")
+    _run("vserver", BOOTED, "exec", "env", "DEBIAN_FRONTEND=noninteractive", *install)
+    _run("vserver", BOOTED, "exec", "dpkg-query", "--show", _PACKAGE)
+    _run("vserver", BOOTED, "exec", _PACKAGE, "--version")
+    _run("vserver", BOOTED, "exec", "dpkg", "--verify", _PACKAGE)
+    (site.root(BOOTED) / "root" / package.name).unlink()
+    own = empty - free_bytes(mount)
+    _say(f"\n{BOOTED} has copies of its own now: {_megabytes(own)}. The next night, while it runs:")
+    _run("vunify", "--all")
+    again = empty - free_bytes(mount)
+    if digest_trees([site.root(name) for name in others]) != before:
+        raise DemoFailed(f"the package work in {BOOTED} has changed another guest")
+    _say(
+        f"\nThe nine others: {before[:16]}... as before, unchanged.\n"
+        f"Disk use by statvfs: {_megabytes(own)} after the upgrade, {_megabytes(again)} now."
+    )
 
 
 def _wait_until_up() -> None:

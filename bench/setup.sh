@@ -13,7 +13,7 @@ venv="python3-venv python3-dev gcc libc6-dev"
 guests="debootstrap debian-archive-keyring zstd e2fsprogs mount util-linux libseccomp2"
 filesystems="xfsprogs btrfs-progs acl attr libcap2-bin"
 contexts="busybox-static iproute2"
-witnesses="groff-base procps strace systemd"
+witnesses="groff-base procps psmisc strace systemd"
 copies="openssh-client openssh-server rsync"
 rivals="jdupes rdfind systemd-container bubblewrap runc lxc"
 machine="qemu-system-x86"
@@ -126,9 +126,19 @@ print(tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependenci
     echo "$wanted" >.venv/stamp
 }
 
+install_charts() {
+    has_it='import importlib.util as u, sys; sys.exit(u.find_spec("matplotlib") is None)'
+    ! .venv/bin/python -c "$has_it" || return 0
+    echo "setup: installing what draws the charts into .venv"
+    .venv/bin/python -m pip install --quiet --config-settings editable_mode=compat \
+        --editable '.[bench]' >"$log" 2>&1 || stop_with_log "pip cannot install matplotlib" \
+        "it asks the package index that pip's configuration gives: does that answer from here?"
+}
+
 if [ "$target" != lint ] && [ "$(id -u)" != 0 ]; then
     stop "make $target needs root: it mounts file systems, builds guests and sets immutable flags" \
         "run it as root"
 fi
 install_packages
 install_venv
+case $target in bench|all) install_charts ;; esac

@@ -194,23 +194,7 @@ def load_disk_limits(guest: Keys, *, is_static: bool) -> tuple[DiskLimit, ...]:
     if entries and not is_static:
         guest.warn("dlimits", "needs a file `context`: without a number of its own nothing counts")
         return ()
-    found = tuple(filter(None, (_disk_limit(folder / entry, entry) for entry in entries)))
-    for limit in found:
-        if unlimited := _amounts(limit):
-            folder.warn(
-                limit.entry,
-                f"what the guest stores below {limit.directory} is not limited to {unlimited}; a "
-                "project quota on the host can do that",
-            )
-    return found
-
-
-def _amounts(limit: DiskLimit) -> str:
-    """What the limit allows, for a person; empty where it allows everything."""
-    space, inodes = limit.space_total, limit.inodes_total
-    parts = [f"{space >> 10} KiB" if space is not None else ""]
-    parts.append(f"{inodes} files" if inodes is not None else "")
-    return " and ".join(filter(None, parts))
+    return tuple(filter(None, (_disk_limit(folder / entry, entry) for entry in entries)))
 
 
 def _disk_limit(keys: Keys, entry: str) -> DiskLimit | None:
@@ -234,4 +218,5 @@ def _disk_limit(keys: Keys, entry: str) -> DiskLimit | None:
         space_total=None if space < 0 else space << 10,
         inodes_total=None if inodes < 0 else inodes,
         reserved_percent=reserved,
+        where=directory.where.rpartition("/")[0],
     )

@@ -16,7 +16,7 @@ from contextlib import ExitStack, suppress
 from pathlib import PurePosixPath
 from typing import Final
 
-from vrun import mountfd, syscalls
+from vrun import mountcalls, mountfd
 from vrun.errors import ToolError
 from vrun.sources import open_source
 from vrun.spec import Device
@@ -44,8 +44,8 @@ _TTY_GROUP: Final = 5
 _DEV_WORDS: Final = ("mode=0755", "size=4m", "nr_inodes=65536")
 _SHM_WORDS: Final = ("mode=1777", "size=10%", "nr_inodes=400000")
 _PTS_WORDS: Final = ("newinstance", "ptmxmode=0666", "mode=0620", f"gid={_TTY_GROUP}", "max=1024")
-_NO_SUID: Final = syscalls.MOUNT_ATTR_NOSUID
-_NO_EXEC: Final = syscalls.MOUNT_ATTR_NOSUID | syscalls.MOUNT_ATTR_NOEXEC
+_NO_SUID: Final = mountcalls.MOUNT_ATTR_NOSUID
+_NO_EXEC: Final = mountcalls.MOUNT_ATTR_NOSUID | mountcalls.MOUNT_ATTR_NOEXEC
 _TIOCSPTLCK: Final = 0x40045431  # asm-generic/ioctls.h
 _TIOCGPTPEER: Final = 0x5441
 
@@ -88,7 +88,7 @@ def mount_dev(root_fd: int, options: DevOptions) -> Console | None:
         pts_fd = _mount_in(dev_fd, "pts", "devpts", pts_words, _NO_EXEC)
         stack.callback(os.close, pts_fd)
         shm_words = _merged(_SHM_WORDS, options.shm_words)
-        shm = _NO_SUID | syscalls.MOUNT_ATTR_NODEV
+        shm = _NO_SUID | mountcalls.MOUNT_ATTR_NODEV
         os.close(_mount_in(dev_fd, "shm", "tmpfs", shm_words, shm))
         os.close(_mount_in(dev_fd, "mqueue", "mqueue", (), mountfd.QUIET))
         return _open_console(dev_fd, pts_fd) if options.console else None
@@ -147,7 +147,7 @@ def _mount_in(dev_fd: int, name: str, fstype: str, words: Iterable[str], attribu
         mount_fd = mountfd.make(fstype, options=words, attributes=attributes)
         target_fd = os.open(name, os.O_PATH | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=dev_fd)
         try:
-            syscalls.move_mount(mount_fd, target_fd)
+            mountcalls.move_mount(mount_fd, target_fd)
         finally:
             os.close(target_fd)
         return mount_fd
@@ -163,7 +163,7 @@ def _open_console(dev_fd: int, pts_fd: int) -> Console:
         create = os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         target_fd = os.open("console", create, 0o600, dir_fd=dev_fd)
         terminal_fd = mountfd.copy(slave_fd)
-        syscalls.move_mount(terminal_fd, target_fd)
+        mountcalls.move_mount(terminal_fd, target_fd)
         os.close(terminal_fd)
         os.close(target_fd)
     return Console(master_fd, slave_fd)

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from contextlib import ExitStack, suppress
 from typing import Final, Literal
 
-from vrun import mountfd, syscalls
+from vrun import mountcalls, mountfd
 from vrun.errors import ToolError
 from vrun.spec import Sysctl
 from vstore.record import dataclass
@@ -65,8 +65,8 @@ class Blank:
         name = "folder" if stat.S_ISDIR(os.fstat(target_fd).st_mode) else "file"
         copy_fd = mountfd.copy(self.mount_fd, name)
         try:
-            syscalls.mount_setattr(copy_fd, attr_set=syscalls.MOUNT_ATTR_RDONLY)
-            syscalls.move_mount(copy_fd, target_fd)
+            mountcalls.mount_setattr(copy_fd, attr_set=mountcalls.MOUNT_ATTR_RDONLY)
+            mountcalls.move_mount(copy_fd, target_fd)
         finally:
             os.close(copy_fd)
 
@@ -114,7 +114,7 @@ def mount_sys(root_fd: int, blank: Blank, cgroup: Literal["none", "ro", "rw"]) -
 
     Raises ToolError.
     """
-    read_only = mountfd.QUIET | syscalls.MOUNT_ATTR_RDONLY
+    read_only = mountfd.QUIET | mountcalls.MOUNT_ATTR_RDONLY
     with mountfd.doing("sysfs", "/sys"):
         sys_fd = mountfd.make("sysfs", attributes=read_only)
         try:
@@ -148,7 +148,7 @@ def _open_below(mount_fd: int, name: str, flags: int = os.O_PATH, *, resolve: in
 def _attach_below(mount_fd: int, name: str, new_fd: int) -> None:
     target_fd = _open_below(mount_fd, name)
     try:
-        syscalls.move_mount(new_fd, target_fd)
+        mountcalls.move_mount(new_fd, target_fd)
     finally:
         os.close(target_fd)
 
@@ -167,7 +167,7 @@ def _restrict(proc_fd: int, blank: Blank) -> None:
         if name in _READ_ONLY:
             copy_fd = mountfd.copy(proc_fd, name)
             try:
-                syscalls.mount_setattr(copy_fd, attr_set=syscalls.MOUNT_ATTR_RDONLY)
+                mountcalls.mount_setattr(copy_fd, attr_set=mountcalls.MOUNT_ATTR_RDONLY)
                 _attach_below(proc_fd, name, copy_fd)
             finally:
                 os.close(copy_fd)

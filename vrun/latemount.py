@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Final, NoReturn
 
-from vrun import mountfd, namespaces, noimports, syscalls, volumes
+from vrun import mountcalls, mountfd, namespaces, noimports, syscalls, volumes
 from vrun.errors import NotPermitted, ToolError
 from vrun.fstab import load_mounts
 from vrun.keys import Keys
@@ -76,7 +76,7 @@ def unmount(guest: Guest, target: str) -> None:
         folder_fd = mountfd.open_inside(root_fd, place)
         os.fchdir(folder_fd)
         os.close(folder_fd)
-        syscalls.umount2(b".", syscalls.MNT_DETACH)
+        mountcalls.umount2(b".", mountcalls.MNT_DETACH)
 
     number = _inside(running, take_off)
     _check(guest, number, f"guest {guest.name}: cannot unmount {place}")

@@ -51,6 +51,7 @@ STEPS: Final[tuple[Step, ...]] = (
     Step("make its cgroups", outside.make_groups, outside.remove_groups),
     Step("limit it as a whole", outside.limit_groups),
     Step("add its addresses", outside.add_addresses, outside.remove_addresses),
+    Step("limit what it stores", outside.limit_disk),
     Step("mount its file systems", outside.mount_fstab),
     Step("make its tree ready", outside.prepare_tree),
     Step("see what its init is", outside.look_at_init),

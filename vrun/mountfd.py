@@ -11,11 +11,13 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Final
 
-from vrun import syscalls
+from vrun import mountcalls
 from vrun.errors import ToolError
 from vstore.syscalls import RESOLVE_IN_ROOT, RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SYMLINKS, openat2
 
-QUIET: Final = syscalls.MOUNT_ATTR_NOSUID | syscalls.MOUNT_ATTR_NODEV | syscalls.MOUNT_ATTR_NOEXEC
+QUIET: Final = (
+    mountcalls.MOUNT_ATTR_NOSUID | mountcalls.MOUNT_ATTR_NODEV | mountcalls.MOUNT_ATTR_NOEXEC
+)
 """What a mount has that is for data of the kernel only."""
 
 _TRIES: Final = 1000
@@ -54,13 +56,13 @@ def make(
     `options` are words of the file system (`size=4m`), `attributes` MOUNT_ATTR_ flags; where there
     is no `source` mount tables show `fstype`. Raises OSError with what the file system said.
     """
-    fs_fd = syscalls.fsopen(os.fsencode(fstype))
+    fs_fd = mountcalls.fsopen(os.fsencode(fstype))
     try:
-        syscalls.fsconfig_string(fs_fd, b"source", os.fsencode(source or fstype))
+        mountcalls.fsconfig_string(fs_fd, b"source", os.fsencode(source or fstype))
         for option in options:
             _configure(fs_fd, option)
-        syscalls.fsconfig_create(fs_fd)
-        return syscalls.fsmount(fs_fd, attributes)
+        mountcalls.fsconfig_create(fs_fd)
+        return mountcalls.fsmount(fs_fd, attributes)
     except OSError as error:
         said = _complaints(fs_fd)
         raise OSError(
@@ -76,8 +78,8 @@ def copy(directory_fd: int, path: str = "", *, recursive: bool = False) -> int:
     An empty path is `directory_fd` itself, which must be mounted in this namespace. Symlinks in
     `path` are followed: it is not one of a guest. Raises OSError.
     """
-    flags = syscalls.OPEN_TREE_CLONE | (syscalls.AT_RECURSIVE if recursive else 0)
-    return syscalls.open_tree(directory_fd, os.fsencode(path), flags | syscalls.AT_EMPTY_PATH)
+    flags = mountcalls.OPEN_TREE_CLONE | (mountcalls.AT_RECURSIVE if recursive else 0)
+    return mountcalls.open_tree(directory_fd, os.fsencode(path), flags | mountcalls.AT_EMPTY_PATH)
 
 
 def attach(mount_fd: int, root_fd: int, target: str, *, follow: bool = True) -> None:
@@ -88,7 +90,7 @@ def attach(mount_fd: int, root_fd: int, target: str, *, follow: bool = True) -> 
     """
     target_fd = open_inside(root_fd, target, follow=follow)
     try:
-        syscalls.move_mount(mount_fd, target_fd)
+        mountcalls.move_mount(mount_fd, target_fd)
     finally:
         os.close(target_fd)
     if target != "/" and not _is_at(mount_fd, root_fd, target):
@@ -115,9 +117,9 @@ def _is_at(mount_fd: int, root_fd: int, target: str) -> bool:
 def _configure(fs_fd: int, option: str) -> None:
     key, equals, value = option.partition("=")
     if equals:
-        syscalls.fsconfig_string(fs_fd, os.fsencode(key), os.fsencode(value))
+        mountcalls.fsconfig_string(fs_fd, os.fsencode(key), os.fsencode(value))
     else:
-        syscalls.fsconfig_flag(fs_fd, os.fsencode(key))
+        mountcalls.fsconfig_flag(fs_fd, os.fsencode(key))
 
 
 def _complaints(fs_fd: int) -> str:

@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Final, Literal
 
-from vrun import devices, kernelfs, mountfd, namespaces, syscalls, volumes
+from vrun import devices, kernelfs, mountcalls, mountfd, namespaces, volumes
 from vrun.devices import Console
 from vrun.errors import ToolError
 from vrun.spec import Device, Mount, Sysctl
@@ -36,7 +36,7 @@ _OURS: Final = frozenset(
 _OF_NAMESPACES: Final = frozenset({"proc", "sysfs", "mqueue", "cgroup", "cgroup2"})
 """File systems that show who mounts them: not mounted before the guest's namespaces are there."""
 
-_DATA_ONLY: Final = syscalls.MOUNT_ATTR_NOSUID | syscalls.MOUNT_ATTR_NODEV
+_DATA_ONLY: Final = mountcalls.MOUNT_ATTR_NOSUID | mountcalls.MOUNT_ATTR_NODEV
 _RUN_WORDS: Final = ("mode=0755", "size=20%", "nr_inodes=800000")
 _LOCK_WORDS: Final = ("mode=1777", "size=5m", "nr_inodes=4096")
 _TMP_WORDS: Final = ("mode=1777", "size=50%", "nr_inodes=1m")  # tmp.mount of systemd
@@ -155,7 +155,7 @@ def _mount_tree(root: Path, blank: kernelfs.Blank) -> int:
     with _folder(root) as root_fd:
         tree_fd = mountfd.copy(root_fd, recursive=True)
         os.mkdir("root", 0o700, dir_fd=blank.mount_fd)
-        syscalls.move_mount(blank.mount_fd, root_fd)
+        mountcalls.move_mount(blank.mount_fd, root_fd)
         mountfd.attach(tree_fd, blank.mount_fd, "root")
         return tree_fd
 
@@ -166,22 +166,22 @@ def _restrict_tree(tree_fd: int, options: RootOptions) -> None:
     su and file capabilities work inside, up to the guest's ceiling, also where the host has its
     guests on a file system that is mounted nosuid; only the guest's own fstab can take them away.
     """
-    syscalls.mount_setattr(tree_fd, propagation=syscalls.MS_PRIVATE, recursive=True)
+    mountcalls.mount_setattr(tree_fd, propagation=mountcalls.MS_PRIVATE, recursive=True)
     is_nosuid = any(
         volumes.target_of(line) == "/" and "nosuid" in line.options for line in options.mounts
     )
     if not is_nosuid:
-        syscalls.mount_setattr(tree_fd, attr_clr=syscalls.MOUNT_ATTR_NOSUID)
+        mountcalls.mount_setattr(tree_fd, attr_clr=mountcalls.MOUNT_ATTR_NOSUID)
     if not options.nodev:
         return
-    nodev = syscalls.MOUNT_ATTR_NODEV
-    syscalls.mount_setattr(tree_fd, attr_set=nodev, recursive=True)
+    nodev = mountcalls.MOUNT_ATTR_NODEV
+    mountcalls.mount_setattr(tree_fd, attr_set=nodev, recursive=True)
     for line in options.mounts:
         if "dev" in line.options and not _is_ours(line) and not _is_late(line, options):
             with mountfd.doing(line.source, line.target):
                 volume_fd = mountfd.open_inside(tree_fd, volumes.target_of(line))
                 try:
-                    syscalls.mount_setattr(volume_fd, attr_clr=nodev)
+                    mountcalls.mount_setattr(volume_fd, attr_clr=nodev)
                 finally:
                     os.close(volume_fd)
 
@@ -244,7 +244,7 @@ def _mount_run(tree_fd: int) -> None:
         try:
             mountfd.make_folder(tree_fd, "run")
             mountfd.attach(run_fd, tree_fd, "/run")
-            _mount_lock(run_fd, _DATA_ONLY | syscalls.MOUNT_ATTR_NOEXEC)
+            _mount_lock(run_fd, _DATA_ONLY | mountcalls.MOUNT_ATTR_NOEXEC)
         finally:
             os.close(run_fd)
 
@@ -308,8 +308,8 @@ def _repeat(tree_fd: int, line: Mount) -> None:
 def _pivot(tree_fd: int) -> None:
     """Make the guest's tree the root of this namespace, and take the host's away; pivot_root(2)."""
     os.fchdir(tree_fd)
-    syscalls.pivot_root(b".", b".")
-    syscalls.umount2(b".", syscalls.MNT_DETACH)
+    mountcalls.pivot_root(b".", b".")
+    mountcalls.umount2(b".", mountcalls.MNT_DETACH)
     os.chdir("/")
 
 

@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-from vrun import syscalls
+from vrun import mountcalls, syscalls
 
 FLAGS: Final[Mapping[str, int]] = {
     "mnt": syscalls.CLONE_NEWNS,
@@ -36,7 +36,7 @@ def enter_new(kinds: Iterable[str]) -> None:
 
 def receive_only() -> None:
     """Make each mount of this namespace a slave: the host's unmounts arrive, nothing goes out."""
-    syscalls.set_propagation(b"/", syscalls.MS_REC | syscalls.MS_SLAVE)
+    mountcalls.set_propagation(b"/", mountcalls.MS_REC | mountcalls.MS_SLAVE)
 
 
 def has_time() -> bool:

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final, TypeVar
 
-from vrun import syscalls
+from vrun import mountcalls, syscalls
 from vrun.errors import ToolError
 from vrun.state import find_running
 
@@ -68,8 +68,8 @@ def make(name: str, host_fd: int) -> None:
     flags = os.O_RDONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
     file_fd = os.open(FOLDER / name, flags, 0o444)
     syscalls.unshare(syscalls.CLONE_NEWNET)
-    tree_fd = syscalls.open_tree(_AT_FDCWD, b"/proc/self/ns/net", syscalls.OPEN_TREE_CLONE)
-    syscalls.move_mount(tree_fd, file_fd)
+    tree_fd = mountcalls.open_tree(_AT_FDCWD, b"/proc/self/ns/net", mountcalls.OPEN_TREE_CLONE)
+    mountcalls.move_mount(tree_fd, file_fd)
     os.close(tree_fd)
     os.close(file_fd)
 
@@ -94,15 +94,15 @@ def _share(folder_fd: int) -> None:
     """
     path = os.fsencode(FOLDER)
     try:
-        syscalls.set_propagation(path, syscalls.MS_SHARED | syscalls.MS_REC)
+        mountcalls.set_propagation(path, mountcalls.MS_SHARED | mountcalls.MS_REC)
     except OSError as error:
         if error.errno != errno.EINVAL:  # it is no mount yet
             raise
-        flags = syscalls.OPEN_TREE_CLONE | syscalls.AT_RECURSIVE
-        tree_fd = syscalls.open_tree(_AT_FDCWD, path, flags)
-        syscalls.move_mount(tree_fd, folder_fd)
+        flags = mountcalls.OPEN_TREE_CLONE | mountcalls.AT_RECURSIVE
+        tree_fd = mountcalls.open_tree(_AT_FDCWD, path, flags)
+        mountcalls.move_mount(tree_fd, folder_fd)
         os.close(tree_fd)
-        syscalls.set_propagation(path, syscalls.MS_SHARED | syscalls.MS_REC)
+        mountcalls.set_propagation(path, mountcalls.MS_SHARED | mountcalls.MS_REC)
 
 
 def remove(name: str, host_fd: int) -> None:
@@ -110,7 +110,7 @@ def remove(name: str, host_fd: int) -> None:
 
     def take_off() -> None:
         with suppress(OSError):
-            syscalls.umount2(os.fsencode(FOLDER / name), syscalls.MNT_DETACH)
+            mountcalls.umount2(os.fsencode(FOLDER / name), mountcalls.MNT_DETACH)
         (FOLDER / name).unlink(missing_ok=True)
 
     _among_mounts_of_host(host_fd, take_off)

@@ -89,6 +89,14 @@ def _run(context: Context, argv: list[str]) -> int:
     return scripts.wait(context.loop, pid)
 
 
+def limit_disk(context: Context) -> None:
+    """Its dlimits/, before anything is mounted in its tree."""
+    if context.spec.disk_limits:
+        from vrun import disklimits  # few guests have any
+
+        disklimits.limit_tree(context)
+
+
 def mount_fstab(context: Context) -> None:
     """Mount its fstab in the monitor's mount namespace; the guest's own gets a copy of it."""
     lines = context.spec.mounts
@@ -123,11 +131,6 @@ def look_at_init(context: Context) -> None:
 
 def prepare_tree(context: Context) -> None:
     spec = context.spec
-    for limit in spec.disk_limits:
-        context.audience.warn(
-            f"guest {spec.name}: dlimits/{limit.entry}: what it stores in {limit.directory} is not "
-            "limited: that takes project quota, which is not set up here"
-        )
     prepare.write_mtab(spec, context.root_fd)
     if spec.init.cmd_prepare and not context.order.rescue:
         status = _run(context, list(spec.init.cmd_prepare))

@@ -196,6 +196,16 @@ class DiskLimit:
     """Bytes; None is no limit."""
     inodes_total: int | None
     reserved_percent: int
+    where: str = ""
+    """The folder that says so."""
+
+    @property
+    def amounts(self) -> str:
+        """What the limit allows, for a person; empty where it allows everything."""
+        space, inodes = self.space_total, self.inodes_total
+        parts = [f"{space >> 10} KiB" if space is not None else ""]
+        parts.append(f"{inodes} files" if inodes is not None else "")
+        return " and ".join(filter(None, parts))
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,9 @@
-"""System calls of the runtime that Python does not offer, declared once.
+"""System calls of the runtime that Python does not offer, declared once; those for mounts are in
+mountcalls.py, openat2 and renameat2 in vstore.syscalls.
 
-The one module of vrun that imports ctypes. Every function raises OSError with the call's errno, and
-takes away or adds nothing to what its manual page says. Numbers from 424 on are the same on every
-machine; older ones are asked of the C library by name, or stand below for x86_64 and aarch64.
-openat2 and renameat2 are in vstore.syscalls.
+Every function raises OSError with the call's errno, and takes away or adds nothing to what its
+manual page says. Numbers from 424 on are the same on every machine; older ones are asked of the C
+library by name, or stand below for x86_64 and aarch64.
 """
 
 import ctypes
@@ -18,7 +18,7 @@ _syscall_function.restype = ctypes.c_long
 _syscall_function.errcheck = check
 
 
-def _syscall(number: int, *arguments: Any) -> int:
+def call(number: int, *arguments: Any) -> int:
     """syscall(2); numbers are passed as longs, so that no upper half of a register is stale."""
     passed = [ctypes.c_long(item) if isinstance(item, int) else item for item in arguments]
     result: int = _syscall_function(ctypes.c_long(number), *passed)
@@ -69,7 +69,7 @@ def fork_into_cgroup(cgroup_fd: int, flags: int = 0) -> int:
     """
     all_flags = _CLONE_INTO_CGROUP | flags
     wanted = _CloneArgs(flags=all_flags, exit_signal=_SIGCHLD, cgroup=cgroup_fd)
-    return _syscall(_SYS_CLONE3, ctypes.byref(wanted), ctypes.sizeof(wanted))
+    return call(_SYS_CLONE3, ctypes.byref(wanted), ctypes.sizeof(wanted))
 
 
 def unshare(flags: int) -> None:
@@ -88,152 +88,6 @@ def setns(fd: int, flags: int) -> None:
     which also moves root and working directory to the root of that namespace.
     """
     _setns(fd, flags)
-
-
-# --- mounts by descriptor: linux/mount.h, linux/fcntl.h
-
-AT_EMPTY_PATH: Final = 0x1000
-AT_RECURSIVE: Final = 0x8000
-
-OPEN_TREE_CLONE: Final = 0x1
-OPEN_TREE_CLOEXEC: Final = os.O_CLOEXEC
-
-MOUNT_ATTR_RDONLY: Final = 0x00000001
-MOUNT_ATTR_NOSUID: Final = 0x00000002
-MOUNT_ATTR_NODEV: Final = 0x00000004
-MOUNT_ATTR_NOEXEC: Final = 0x00000008
-MOUNT_ATTR__ATIME: Final = 0x00000070
-MOUNT_ATTR_RELATIME: Final = 0x00000000
-MOUNT_ATTR_NOATIME: Final = 0x00000010
-MOUNT_ATTR_STRICTATIME: Final = 0x00000020
-MOUNT_ATTR_NODIRATIME: Final = 0x00000080
-MOUNT_ATTR_NOSYMFOLLOW: Final = 0x00200000
-
-MS_REC: Final = 0x4000
-MS_UNBINDABLE: Final = 1 << 17
-MS_PRIVATE: Final = 1 << 18
-MS_SLAVE: Final = 1 << 19
-MS_SHARED: Final = 1 << 20
-
-MNT_FORCE: Final = 0x1
-MNT_DETACH: Final = 0x2
-
-_SYS_OPEN_TREE: Final = 428
-_SYS_MOVE_MOUNT: Final = 429
-_SYS_FSOPEN: Final = 430
-_SYS_FSCONFIG: Final = 431
-_SYS_FSMOUNT: Final = 432
-_SYS_MOUNT_SETATTR: Final = 442
-_MOVE_MOUNT_F_EMPTY_PATH: Final = 0x04
-_MOVE_MOUNT_T_EMPTY_PATH: Final = 0x40
-_FSOPEN_CLOEXEC: Final = 0x1
-_FSMOUNT_CLOEXEC: Final = 0x1
-_FSCONFIG_SET_FLAG: Final = 0
-_FSCONFIG_SET_STRING: Final = 1
-_FSCONFIG_CMD_CREATE: Final = 6
-
-_mount = declare(
-    "mount", ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p
-)
-_umount2 = declare("umount2", ctypes.c_char_p, ctypes.c_int)
-_pivot_root = declare("pivot_root", ctypes.c_char_p, ctypes.c_char_p)
-
-
-class _MountAttr(ctypes.Structure):
-    """struct mount_attr."""
-
-    _fields_ = (
-        ("attr_set", ctypes.c_uint64),
-        ("attr_clr", ctypes.c_uint64),
-        ("propagation", ctypes.c_uint64),
-        ("userns_fd", ctypes.c_uint64),
-    )
-
-
-def set_propagation(path: bytes, flags: int) -> None:
-    """Change how mounts of `path` spread: MS_PRIVATE or MS_SLAVE, with MS_REC for all below it.
-
-    See mount_namespaces(7). EINVAL where `path` is no mount point.
-    """
-    _mount(None, path, None, flags, None)
-
-
-def umount2(path: bytes, flags: int) -> None:
-    """Unmount what is mounted on `path`; MNT_DETACH takes the tree away at once, see umount2(2)."""
-    _umount2(path, flags)
-
-
-def pivot_root(new_root: bytes, put_old: bytes) -> None:
-    """Make the mount `new_root` the root of this mount namespace; the old one goes to `put_old`.
-
-    pivot_root(".", ".") stacks the old root on the new one, from where umount2(".") takes it off;
-    see pivot_root(2). The parent mounts of both must not be shared.
-    """
-    _pivot_root(new_root, put_old)
-
-
-def open_tree(directory_fd: int, path: bytes, flags: int) -> int:
-    """A descriptor of the mount at `path`; close-on-exec. See open_tree(2).
-
-    OPEN_TREE_CLONE makes a copy that is mounted nowhere and goes with its last descriptor, with
-    AT_RECURSIVE all below it too. An empty `path` and AT_EMPTY_PATH mean `directory_fd` itself.
-    The source of a copy must be mounted in this namespace (EINVAL, up to Linux 6.14).
-    """
-    return _syscall(_SYS_OPEN_TREE, directory_fd, path, flags | OPEN_TREE_CLOEXEC)
-
-
-def move_mount(mount_fd: int, target_fd: int) -> None:
-    """Mount what open_tree() or fsmount() gave on the inode behind `target_fd`.
-
-    No path is walked, so nothing can be swapped on the way. See move_mount(2). Raises OSError:
-    ENOTDIR where only one of the two is a directory, EINVAL for a target in another namespace.
-    """
-    flags = _MOVE_MOUNT_F_EMPTY_PATH | _MOVE_MOUNT_T_EMPTY_PATH
-    _syscall(_SYS_MOVE_MOUNT, mount_fd, b"", target_fd, b"", flags)
-
-
-def mount_setattr(
-    fd: int, *, attr_set: int = 0, attr_clr: int = 0, propagation: int = 0, recursive: bool = False
-) -> None:
-    """Set and clear MOUNT_ATTR_ flags of the mount whose root is behind `fd`; mount_setattr(2).
-
-    To change MOUNT_ATTR__ATIME settings, clear the whole mask and set one. `propagation` is
-    MS_PRIVATE, MS_SLAVE, MS_SHARED or 0. Linux 5.12.
-    """
-    wanted = _MountAttr(attr_set, attr_clr, propagation, 0)
-    flags = AT_EMPTY_PATH | (AT_RECURSIVE if recursive else 0)
-    _syscall(_SYS_MOUNT_SETATTR, fd, b"", flags, ctypes.byref(wanted), ctypes.sizeof(wanted))
-
-
-def fsopen(fstype: bytes) -> int:
-    """Begin a mount of the file system `fstype`; close-on-exec. See fsopen(2).
-
-    proc, sysfs, mqueue and cgroup2 show the namespaces that the caller has at this moment.
-    """
-    return _syscall(_SYS_FSOPEN, fstype, _FSOPEN_CLOEXEC)
-
-
-def fsconfig_flag(fs_fd: int, key: bytes) -> None:
-    """Give the mount that `fs_fd` began an option without a value ("newinstance")."""
-    _syscall(_SYS_FSCONFIG, fs_fd, _FSCONFIG_SET_FLAG, key, 0, 0)
-
-
-def fsconfig_string(fs_fd: int, key: bytes, value: bytes) -> None:
-    """Give the mount that `fs_fd` began an option with a value ("size", "4m"), or its "source"."""
-    _syscall(_SYS_FSCONFIG, fs_fd, _FSCONFIG_SET_STRING, key, value, 0)
-
-
-def fsconfig_create(fs_fd: int) -> None:
-    """Make or find the file system that was described; what is wrong with it comes out here."""
-    _syscall(_SYS_FSCONFIG, fs_fd, _FSCONFIG_CMD_CREATE, 0, 0, 0)
-
-
-def fsmount(fs_fd: int, attributes: int) -> int:
-    """A mount of the file system that fsconfig_create() made, mounted nowhere; close-on-exec.
-
-    `attributes` are MOUNT_ATTR_ flags: they are this mount's, never the file system's.
-    """
-    return _syscall(_SYS_FSMOUNT, fs_fd, _FSMOUNT_CLOEXEC, attributes)
 
 
 # --- capabilities: capget(2), linux/capability.h; prctl(2), linux/prctl.h, linux/securebits.h
@@ -390,7 +244,7 @@ def personality(persona: int) -> None:
 
 def ioprio_set(which: int, who: int, ioprio: int) -> None:
     """Set the I/O class and level: class << IOPRIO_CLASS_SHIFT | level. See ioprio_set(2)."""
-    _syscall(_number("ioprio_set"), which, who, ioprio)
+    call(_number("ioprio_set"), which, who, ioprio)
 
 
 def reset_memory_policy() -> None:
@@ -398,7 +252,7 @@ def reset_memory_policy() -> None:
 
     Raises OSError: ENOSYS where the kernel knows no nodes.
     """
-    _syscall(_number("set_mempolicy"), 0, 0, 0)
+    call(_number("set_mempolicy"), 0, 0, 0)
 
 
 def sethostname(name: bytes) -> None:
@@ -413,12 +267,12 @@ def setdomainname(name: bytes) -> None:
 
 def close_range_on_exec(first: int) -> None:
     """Mark every descriptor from `first` up close-on-exec, whoever opened it (Linux 5.11)."""
-    _syscall(_SYS_CLOSE_RANGE, first, 0xFFFFFFFF, _CLOSE_RANGE_CLOEXEC)
+    call(_SYS_CLOSE_RANGE, first, 0xFFFFFFFF, _CLOSE_RANGE_CLOEXEC)
 
 
 def join_session_keyring() -> None:
     """Leave the session keyring for a new, empty one; keyctl(2). ENOSYS where there are no keys."""
-    _syscall(_number("keyctl"), _KEYCTL_JOIN_SESSION_KEYRING, 0, 0, 0, 0)
+    call(_number("keyctl"), _KEYCTL_JOIN_SESSION_KEYRING, 0, 0, 0, 0)
 
 
 # --- pipes: tee(2)
@@ -436,6 +290,21 @@ def tee(source_fd: int, target_fd: int, count: int) -> int:
     """
     copied: int = _tee(source_fd, target_fd, count, _SPLICE_F_NONBLOCK)
     return copied
+
+
+# --- quotactl_fd(2)
+
+_SYS_QUOTACTL_FD: Final = 443  # the same on every machine; Linux 5.14
+
+
+def quotactl_fd(fd: int, command: int, kind: int, number: int, content: bytes) -> bytes:
+    """A quota command on the file system of `fd`; `content` as the kernel has left it.
+
+    Raises OSError: ENOSYS without quota in the kernel, ESRCH where it is not on. See quotactl(2).
+    """
+    memory = ctypes.create_string_buffer(content, len(content))
+    call(_SYS_QUOTACTL_FD, fd, command << 8 | kind, number, memory)
+    return memory.raw
 
 
 # --- seccomp(2)
@@ -461,7 +330,7 @@ def seccomp_load(program: bytes, flags: int = 0) -> int:
     """
     wanted = _SockFprog(len(program) // _BPF_INSTRUCTION_SIZE, program)
     number = _number("seccomp")
-    return _syscall(number, _SECCOMP_SET_MODE_FILTER, flags, ctypes.byref(wanted))
+    return call(number, _SECCOMP_SET_MODE_FILTER, flags, ctypes.byref(wanted))
 
 
 # --- bpf(2)
@@ -483,4 +352,4 @@ class Buffer:
 def bpf(command: int, attributes: bytes) -> int:
     """Carry out a BPF_ command with the union bpf_attr in `attributes`; see bpf(2), bpfcalls.py."""
     memory = ctypes.create_string_buffer(attributes, len(attributes))
-    return _syscall(_number("bpf"), command, memory, len(attributes))
+    return call(_number("bpf"), command, memory, len(attributes))

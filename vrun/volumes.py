@@ -14,39 +14,39 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
-from vrun import mountfd, sources, syscalls
+from vrun import mountcalls, mountfd, sources
 from vrun.errors import ToolError
 from vrun.spec import Mount
 from vstore.guest import rundir
 from vstore.record import dataclass
 
 _SET: Final[Mapping[str, int]] = {
-    "ro": syscalls.MOUNT_ATTR_RDONLY,
-    "nosuid": syscalls.MOUNT_ATTR_NOSUID,
-    "nodev": syscalls.MOUNT_ATTR_NODEV,
-    "noexec": syscalls.MOUNT_ATTR_NOEXEC,
-    "nodiratime": syscalls.MOUNT_ATTR_NODIRATIME,
-    "nosymfollow": syscalls.MOUNT_ATTR_NOSYMFOLLOW,
+    "ro": mountcalls.MOUNT_ATTR_RDONLY,
+    "nosuid": mountcalls.MOUNT_ATTR_NOSUID,
+    "nodev": mountcalls.MOUNT_ATTR_NODEV,
+    "noexec": mountcalls.MOUNT_ATTR_NOEXEC,
+    "nodiratime": mountcalls.MOUNT_ATTR_NODIRATIME,
+    "nosymfollow": mountcalls.MOUNT_ATTR_NOSYMFOLLOW,
 }
 _CLEAR: Final[Mapping[str, int]] = {
-    "rw": syscalls.MOUNT_ATTR_RDONLY,
-    "suid": syscalls.MOUNT_ATTR_NOSUID,
-    "dev": syscalls.MOUNT_ATTR_NODEV,
-    "exec": syscalls.MOUNT_ATTR_NOEXEC,
-    "diratime": syscalls.MOUNT_ATTR_NODIRATIME,
-    "symfollow": syscalls.MOUNT_ATTR_NOSYMFOLLOW,
+    "rw": mountcalls.MOUNT_ATTR_RDONLY,
+    "suid": mountcalls.MOUNT_ATTR_NOSUID,
+    "dev": mountcalls.MOUNT_ATTR_NODEV,
+    "exec": mountcalls.MOUNT_ATTR_NOEXEC,
+    "diratime": mountcalls.MOUNT_ATTR_NODIRATIME,
+    "symfollow": mountcalls.MOUNT_ATTR_NOSYMFOLLOW,
 }
 _ATIME: Final[Mapping[str, int]] = {
-    "atime": syscalls.MOUNT_ATTR_RELATIME,
-    "relatime": syscalls.MOUNT_ATTR_RELATIME,
-    "noatime": syscalls.MOUNT_ATTR_NOATIME,
-    "strictatime": syscalls.MOUNT_ATTR_STRICTATIME,
+    "atime": mountcalls.MOUNT_ATTR_RELATIME,
+    "relatime": mountcalls.MOUNT_ATTR_RELATIME,
+    "noatime": mountcalls.MOUNT_ATTR_NOATIME,
+    "strictatime": mountcalls.MOUNT_ATTR_STRICTATIME,
 }
 _PROPAGATION: Final[Mapping[str, int]] = {
-    "private": syscalls.MS_PRIVATE,
-    "slave": syscalls.MS_SLAVE,
-    "shared": syscalls.MS_SHARED,
-    "unbindable": syscalls.MS_UNBINDABLE,
+    "private": mountcalls.MS_PRIVATE,
+    "slave": mountcalls.MS_SLAVE,
+    "shared": mountcalls.MS_SHARED,
+    "unbindable": mountcalls.MS_UNBINDABLE,
 }
 _IGNORED: Final = frozenset(
     (
@@ -68,7 +68,7 @@ class Words:
 
     attributes: int = 0
     """MOUNT_ATTR_ flags without the kind of atime."""
-    atime: int = syscalls.MOUNT_ATTR_RELATIME
+    atime: int = mountcalls.MOUNT_ATTR_RELATIME
     propagation: int = 0
     bind: bool = False
     recursive: bool = False
@@ -83,7 +83,7 @@ def parse_words(mount: Mount) -> Words:
 
     Raises ToolError for `move`, which would take a mount away from the host.
     """
-    words = Words(attributes=0 if mount.fstype == "devpts" else syscalls.MOUNT_ATTR_NODEV)
+    words = Words(attributes=0 if mount.fstype == "devpts" else mountcalls.MOUNT_ATTR_NODEV)
     for word in mount.options:
         if not _take(words, word):
             words.for_filesystem += (word,)
@@ -171,7 +171,7 @@ def _make(mount: Mount, words: Words) -> int:
         mount_fd = _mount_by_program(mount)
     else:
         _refuse_guests(mount)
-        ro = ("ro",) if words.attributes & syscalls.MOUNT_ATTR_RDONLY else ()
+        ro = ("ro",) if words.attributes & mountcalls.MOUNT_ATTR_RDONLY else ()
         options = (*words.for_filesystem, *ro)
         mount_fd = mountfd.make(mount.fstype, options=options, source=mount.source)
     try:
@@ -195,11 +195,11 @@ def _set_attributes(mount_fd: int, words: Words, *, recursive: bool) -> None:
     known = 0
     for bit in _SET.values():
         known |= bit
-    syscalls.mount_setattr(
+    mountcalls.mount_setattr(
         mount_fd,
         attr_set=words.attributes | words.atime,
-        attr_clr=(known & ~words.attributes) | syscalls.MOUNT_ATTR__ATIME,
-        propagation=words.propagation or syscalls.MS_PRIVATE,
+        attr_clr=(known & ~words.attributes) | mountcalls.MOUNT_ATTR__ATIME,
+        propagation=words.propagation or mountcalls.MS_PRIVATE,
         recursive=recursive,
     )
 
@@ -284,4 +284,4 @@ def _mount_by_program(mount: Mount) -> int:
         return mountfd.copy(folder_fd, recursive=True)
     finally:
         os.close(folder_fd)
-        syscalls.umount2(os.fsencode(folder), syscalls.MNT_DETACH)
+        mountcalls.umount2(os.fsencode(folder), mountcalls.MNT_DETACH)

@@ -9,7 +9,6 @@ was keyed by is compared under the lease; inside the window there is only link a
 import errno
 import os
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, Final
 
-from vstore import extents, freezer, inode, reading
+from vstore import extents, inode, lease, reading
 from vstore.errors import NoSpace, ToolError
 from vstore.member import Member
 from vstore.plan import KnownObject, Rules, Slot, plan_group, take_turns
@@ -26,6 +25,7 @@ from vstore.pool import Pool, find_file_system
 from vstore.reading import LeftAlone
 from vstore.recovery import is_sound
 from vstore.scan import Tree, open_below
+from vstore.standstill import Standstill
 from vstore.window import Windows
 
 # What became of a file; else one of reading.REASONS, or an error's text.
@@ -41,7 +41,6 @@ _PROC_FDS: Final = "/proc/self/fd"
 _SPARE: Final = "spare"
 _CHANGED: Final = (reading.CHANGED, 0, 0)
 _LONGEST_READ: Final = 1 << 20  # bytes, while a guest stands still
-_FREEZE_TRIES: Final = 3  # a guest that does not stand still is put off to the next run
 
 JobFolder = tuple[int, bytes, int, int]
 """A folder of a batch: its tree, path, atime and mtime (ns) at the walk."""
@@ -79,15 +78,14 @@ class Linker:
     ) -> None:
         self._pool = pool
         self._trees = trees
-        self._cgroups = cgroups
         self._windows = windows
+        self._standstill = Standstill(cgroups, windows)
         self._stage_fd = stage_fd
         self._original = original
         self._rules = rules
         self._proc_fd = os.open(_PROC_FDS, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self._spares = 0
         self._can_clone = find_file_system(pool.path) in extents.CLONING
-        self._restless: Counter[str] = Counter()
         self._begin(0)
 
     def _begin(self, synced_ns: int) -> None:
@@ -99,7 +97,6 @@ class Linker:
         self._is_running = False
         self._sound: set[int] = set()  # inode numbers of objects that were read and are good
         self._own: dict[int, int] = {}  # row -> bytes that its inode shares with no other
-        self._moving: set[int] = set()  # trees whose guests run and do not stand still
 
     # --- the two kinds of batch ---
 
@@ -112,9 +109,11 @@ class Linker:
         """
         self._begin(synced_ns)
         self._examine_objects(slots)  # may take long: before any guest stands still
-        with ExitStack() as stack:
-            self._enter(folders, stack)
-            self._link_slots(slots)
+        for piece in self._standstill.pieces(slots):
+            wanted = {member.folder for slot in piece for member in slot.members}
+            with ExitStack() as stack:
+                self._enter({folder: folders[folder] for folder in wanted}, stack)
+                self._link_slots(piece)
         return [
             (member.row, *self._answers.get(member.row, _CHANGED))
             for slot in slots
@@ -194,54 +193,39 @@ class Linker:
     def _enter(self, folders: Mapping[int, JobFolder], stack: ExitStack) -> None:
         """Freeze the guests that run and open the folders, but for guests that do not stand still.
 
-        When the stack unwinds, descriptors are closed, folders have their times back and guests
-        run.
+        When the stack unwinds, leases are given up, folders have their times back and guests run;
+        then descriptors are closed, as the last one of a replaced file takes its bytes along.
         """
-        self._freeze_guests({folder[0] for folder in folders.values()}, stack)
+        trees = {tree for tree, *_ in folders.values()}
+        self._is_running = any(map(self._standstill.is_running, trees))
+        self._windows.make_room()
+        stack.callback(self._close_members)
+        self._standstill.hold(trees, stack)
         for folder, (tree, path, *times) in folders.items():
-            if tree in self._moving:
+            if tree in self._standstill.moving:
                 continue
             with suppress(OSError):
                 fd = open_below(self._trees[tree].fd, path)
-                if self._cgroups[tree]:  # two workers may be in one folder, but not in one guest
-                    now = os.fstat(fd)
+                if self._standstill.is_running(tree):  # two workers may be in one folder, but not
+                    now = os.fstat(fd)  # in one guest
                     times = [now.st_atime_ns, now.st_mtime_ns]
                 stack.callback(self._leave_folder, folder, fd, *times)
                 self._folders[folder] = fd
-        stack.callback(self._close_members)
+        if self._is_running:
+            stack.callback(self._release_members)
 
     def _leave_folder(self, folder: int, fd: int, atime: int, mtime: int) -> None:
         if folder in self._touched:
             with suppress(OSError):
                 os.utime(fd, ns=(atime, mtime))
+        del self._folders[folder]
         os.close(fd)
 
-    def _freeze_guests(self, trees: set[int], stack: ExitStack) -> None:
-        paths = sorted({self._cgroups[tree] for tree in trees} - {""})
-        self._is_running = bool(paths)
-        self._windows.make_room()
-        cgroups: dict[str, int] = {}
-        for path in paths:
-            with suppress(OSError):  # the guest has just stopped
-                if self._restless[path] < _FREEZE_TRIES:
-                    cgroups[path] = stack.enter_context(freezer.opened(path))
-        stack.enter_context(self._windows.holding(cgroups))
-        still = {path for path, fd in cgroups.items() if self._freeze(path, fd, stack)}
-        self._moving = {
-            tree for tree in trees if self._cgroups[tree] and self._cgroups[tree] not in still
-        }
-
-    def _freeze(self, path: str, fd: int, stack: ExitStack) -> bool:
-        """Hold one guest still until the stack unwinds; one that cannot be runs on at once."""
-        attempt = ExitStack()
-        with suppress(OSError):
-            if attempt.enter_context(freezer.frozen(path, fd)):
-                stack.push(attempt)
-                return True
-        self._restless[path] += 1
-        with suppress(OSError):
-            attempt.close()
-        return False
+    def _release_members(self) -> None:
+        """No guest that runs again waits for us at a file that was left as it is."""
+        for fd in self._open.values():
+            with suppress(OSError):
+                lease.release(fd)
 
     def _close_members(self) -> None:
         for fd in self._open.values():
@@ -250,7 +234,7 @@ class Linker:
 
     def _open_for_look(self, member: Member) -> int:
         """The member's file; it stays open until the batch ends. Raises LeftAlone."""
-        if member.tree in self._moving:
+        if member.tree in self._standstill.moving:
             raise LeftAlone(reading.NOT_FROZEN)
         fd = reading.open_for_look(self._folders.get(member.folder, -1), member.name)
         self._open[member.row] = fd
@@ -352,7 +336,7 @@ class Linker:
             except OSError as error:
                 self._answers[member.row] = (_explain(error), 0, 0)
             else:
-                item.fd = os.dup(fd)
+                item.fd = self._open.pop(member.row)  # with its lease
                 return item
         self._answer(slot.members, RETRY)
         return None

@@ -312,13 +312,21 @@ class Pool:
         of us. Afterwards the folders are removed, unless something is left in them that `recovery`
         has to look at.
         """
+        with self.locked_stage(count) as (_, folders):
+            yield folders
+
+    @contextmanager
+    def locked_stage(self, count: int) -> Iterator[tuple[int, list[int]]]:
+        """As `stage`, with the descriptor of the folder whose flock it is, for a worker that is to
+        outlive us.
+        """
         name, top = self._make_stage()
-        folders = []
+        folders: list[int] = []
         try:
             for number in range(count):
                 os.mkdir(str(number), 0o700, dir_fd=top)
                 folders.append(os.open(str(number), inode.OPEN_FOLDER, dir_fd=top))
-            yield folders
+            yield top, folders
         finally:
             for number in range(count):
                 with suppress(OSError):

@@ -69,8 +69,13 @@ def _find_leftovers(folder: Path, settings: dict[str, str]) -> list[str]:
     return found
 
 
-_WAYS: Final = [("exec curl", signal.SIGINT)]
-_MORE_WAYS: Final = [("start", signal.SIGTERM), ("stop", signal.SIGHUP), ("stop", 0)]
+_WAYS: Final = [("stop", signal.SIGINT)]
+_MORE_WAYS: Final = [
+    ("start", signal.SIGTERM),
+    ("exec curl", signal.SIGINT),
+    ("exec env", signal.SIGHUP),
+    ("stop", 0),
+]
 """At which word to `vserver` the demo gets which signal; 0 is none."""
 
 
@@ -91,7 +96,21 @@ def test_the_demo_boots_a_unified_guest_and_leaves_nothing_however_it_ends(
         assert f"Vserver '{demo.BOOTED}' is running" in shown
         assert all(words in shown for words in _INSIDE)
         assert re.search(rf"LISTEN .* {settings['interfaces/0/ip']}:80 ", shown)
-    if not number:
+    if moment == "stop":
         assert "HTTP/1.1 200 OK" in lines
+        assert re.search(r"^git \S+\+newer1$", shown, re.M)
+        _check_the_end(shown)
+    if not number:
         assert f"Vserver '{demo.BOOTED}' is stopped; " in shown
         assert ": all good\n" in shown
+
+
+def _check_the_end(shown: str) -> None:
+    """The others are as they were, and what the upgrade took is free again."""
+    taken = re.search(r"SHA-256 of nine trees.*: (\w{16})\.\.\.", shown)
+    assert taken
+    assert f"The nine others: {taken[1]}... as before, unchanged." in shown
+    uses = re.search(r"Disk use by statvfs: ([\d,]+) MB after the upgrade, ([\d,]+) MB", shown)
+    assert uses
+    upgraded, again = (int(use.replace(",", "")) for use in uses.groups())
+    assert again < upgraded

@@ -113,7 +113,7 @@ def test_signals_while_a_start_is_undone_do_not_disturb_it(host: Host) -> None:
                 os.kill(monitor, signal.SIGTERM)
                 start.send_signal(signal.SIGTERM)
             time.sleep(0.002)
-        assert start.wait(20) != 0
+        assert start.wait(60) != 0
     wait_until(lambda: not host.is_locked("web"))
     assert host.leftovers() == []
     assert "127.9.9.9" not in subprocess.check_output(["ip", "address", "show", "lo"], text=True)

@@ -158,7 +158,7 @@ def test_a_command_dies_with_its_guest(web: Host) -> None:
     with web.begin("web", "exec", "sleep", "60") as client:
         _command_of(client.pid)
         web.vserver("web", "stop")
-        assert client.wait(10) in (128 + signal.SIGTERM, 128 + signal.SIGKILL)
+        assert client.wait(60) in (128 + signal.SIGTERM, 128 + signal.SIGKILL)
 
 
 def test_a_command_can_be_run_where_the_monitor_was_killed(web: Host) -> None:

@@ -134,7 +134,7 @@ def test_control_files_may_be_named_as_in_either_version(host: Host) -> None:
 
 
 def test_what_cannot_be_limited_is_said_at_each_start(host: Host) -> None:
-    disk = {"directory": "/srv", "space_total": "2000", "inodes_total": "100", "reserved": "5"}
+    disk = {"directory": "/proc", "space_total": "2000", "inodes_total": "100", "reserved": "5"}
     said = _start(
         host,
         {
@@ -144,7 +144,7 @@ def test_what_cannot_be_limited_is_said_at_each_start(host: Host) -> None:
         },
     )
     for key, reason in {
-        "dlimits/0": "below /srv is not limited to 2000 KiB and 100 files",
+        "dlimits/0": "below /proc is not limited to 2000 KiB and 100 files: the guest's tree is on",
         "rlimits/nofile": "open files have no total for a guest",
         "cgroup/memory.unheard_of": "this machine has no memory.unheard_of",
     }.items():

@@ -100,7 +100,7 @@ def test_nothing_is_left_after_a_stop(host: Host) -> None:
 def test_many_starts_at_once_start_one_guest(host: Host) -> None:
     host.add_busybox("web")
     starts = [host.begin("web", "start") for _ in range(4)]
-    outputs = [start.communicate(timeout=30) for start in starts]
+    outputs = [start.communicate(timeout=60) for start in starts]
     assert [start.returncode for start in starts] == [0] * 4
     assert sum("runs already" in error for _, error in outputs) == 3
 
@@ -256,7 +256,7 @@ def test_an_interrupted_start_is_undone(host: Host) -> None:
     wait_until(lambda: host.is_locked("web"))
     time.sleep(0.1)
     start.send_signal(signal.SIGINT)
-    start.communicate(timeout=10)
+    start.communicate(timeout=60)
     assert start.returncode == 130
     wait_until(lambda: not host.is_locked("web"))
     assert host.leftovers() == []
@@ -269,7 +269,7 @@ def test_a_stop_during_a_start_ends_it(host: Host) -> None:
     wait_until(lambda: (host.etc.rundir / "web/supervisor.sock").exists())
     time.sleep(0.1)
     host.vserver("web", "stop")
-    _, said = start.communicate(timeout=10)
+    _, said = start.communicate(timeout=60)
     assert start.returncode == 1
     assert "given up" in said
     assert host.leftovers() == []
@@ -284,7 +284,7 @@ def test_a_start_waits_for_another_command_that_has_the_lock(host: Host) -> None
     ) as holder:
         wait_until(lambda: host.is_locked("web"))
         host.vserver("web", "start")
-        assert holder.wait(5) == 0
+        assert holder.wait(60) == 0
 
 
 def test_the_guest_survives_the_terminal_that_started_it(host: Host) -> None:

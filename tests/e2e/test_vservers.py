@@ -82,7 +82,7 @@ def test_a_guest_that_another_program_holds_holds_up_no_other(host: Host) -> Non
             assert start.stdout.readline() == "free: started\n"
             fcntl.flock(lock, fcntl.LOCK_UN)
             assert start.stdout.readline() == "held: started\n"
-            assert start.wait(20) == 0
+            assert start.wait(60) == 0
 
 
 def test_no_more_at_a_time_than_was_said(host: Host, tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ def test_a_command_that_is_ended_leaves_no_start_half_done(
     )
     time.sleep(0.05)
     start.send_signal(number)
-    assert start.wait(20) == code
+    assert start.wait(60) == code
     wait_until(lambda: not any(host.is_locked(name) for name in host.names))
     assert host.leftovers() == []
 

@@ -54,7 +54,7 @@ def _server() -> Iterator[m.Dialogue]:
         finally:
             channel.close(wait_s=0)
             try:
-                _, said = process.communicate(timeout=20)
+                _, said = process.communicate(timeout=60)
             except subprocess.TimeoutExpired:
                 process.send_signal(signal.SIGKILL)
                 raise

@@ -71,7 +71,7 @@ def _shares(path: Path) -> bool:
 
 def _settle(site: Site, before: int, wanted: int) -> int:
     """The bytes that became free since `before`, once they are `wanted` to 1 % or time is up."""
-    deadline = monotonic() + 20
+    deadline = monotonic() + 60
     while True:
         gained = free_bytes(site.vdirbase) - before
         if abs(gained - wanted) <= wanted / 100 or monotonic() > deadline:

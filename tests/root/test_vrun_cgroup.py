@@ -73,7 +73,7 @@ def _join_and_run(group: Group, program: str, *arguments: str) -> "subprocess.Po
 
 
 def _wait_for(come: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while not come():
         assert time.monotonic() < deadline
         time.sleep(0.002)
@@ -119,7 +119,7 @@ def test_kill_ends_all_of_it_and_nothing_else(group: Group) -> None:
         group.kill()
         assert group.wait_empty(5)
         assert group.pids() == []
-        assert inside.wait(5) == -signal.SIGKILL
+        assert inside.wait(60) == -signal.SIGKILL
         assert outside.poll() is None
         outside.kill()
 
@@ -239,7 +239,7 @@ def test_more_memory_than_the_guest_may_have_ends_it(group: Group) -> None:
     limits = ContextLimits(memory_max=32 << 20, memory_high=24 << 20)
     assert grouplimits.limit_group(group, _spec(limits=limits)) == ()
     with _join_and_run(group, "x = bytearray(b'x') * (200 << 20)") as process:
-        assert process.wait(30) == -signal.SIGKILL
+        assert process.wait(60) == -signal.SIGKILL
     assert read_usage(group).oom_kills == 1
 
 
@@ -277,7 +277,7 @@ def test_processors_of_the_guest_are_those_of_its_cpuset(base: str) -> None:
         missing = grouplimits.limit_group(made, _spec(cpuset=cpuset, cpu=CpuLimit(weight_nice=5)))
         assert missing == ()
         with _join_and_run(made, "print(os.sched_getaffinity(0))") as process:
-            assert process.communicate(timeout=10)[0] == "{0}\n"
+            assert process.communicate(timeout=60)[0] == "{0}\n"
     finally:
         made.kill()
         made.remove()
@@ -362,6 +362,6 @@ def test_a_limit_that_the_machine_cannot_set_is_told(group: Group) -> None:
 def test_the_guest_sees_its_own_group_as_the_root(group: Group) -> None:
     show = "unshare --cgroup cat /proc/self/cgroup"
     with _join_and_run(group, f"os.system({show!r})") as process:
-        lines = process.communicate(timeout=10)[0].splitlines()
+        lines = process.communicate(timeout=60)[0].splitlines()
     assert "0::/" in lines
     assert not any(str(_XID) in line for line in lines)

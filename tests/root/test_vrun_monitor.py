@@ -216,7 +216,7 @@ def test_anything_killed_at_any_moment_of_a_start_leaves_nothing(host: Host) -> 
         time.sleep(chance.uniform(0.02, 0.35))
         with suppress(ProcessLookupError):
             os.kill(chance.choice(_family(start.pid)), signal.SIGKILL)
-        start.wait(20)
+        start.wait(60)
         with suppress(AssertionError):  # what was killed may end a moment later
             wait_until(lambda: not host.is_locked("web") or bool(host.state("web")), 5)
         host.vserver("web", "stop")
@@ -235,6 +235,6 @@ def test_anything_killed_at_any_moment_of_a_stop_leaves_nothing(host: Host) -> N
         time.sleep(chance.uniform(0.02, 0.2))
         with suppress(ProcessLookupError):
             os.kill(chance.choice([monitor, stop.pid]), signal.SIGKILL)
-        stop.wait(20)
+        stop.wait(60)
         host.vserver("web", "stop")
         assert host.leftovers() == []

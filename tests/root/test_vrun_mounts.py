@@ -13,7 +13,7 @@ import pytest
 
 from tests.fixtures.inside import ALL, FailedInside, in_child, resident
 from tests.fixtures.mountinfo import Line, at, mounts_of, parse
-from vrun import capabilities, mountfd, mounts, syscalls
+from vrun import capabilities, mountcalls, mountfd, mounts
 from vrun.mounts import RootOptions
 from vrun.spec import Mount, Sysctl
 
@@ -188,7 +188,7 @@ def test_what_is_mounted_in_the_tree_comes_along(root: Path) -> None:
     def enter() -> list[str]:
         fd = mountfd.make("tmpfs", source="volume")
         target_fd = os.open(root / "srv", os.O_PATH)
-        syscalls.move_mount(fd, target_fd)
+        mountcalls.move_mount(fd, target_fd)
         os.close(fd)
         os.close(target_fd)
         mounts.enter_root(RootOptions(root=root))

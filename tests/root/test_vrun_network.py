@@ -347,7 +347,7 @@ def test_a_link_that_cannot_be_made_is_named_and_nothing_is_left(
 def test_the_pair_goes_when_the_guest_died_with_its_network(lab: Lab) -> None:
     with empty_lab() as inner:
         _configure(lab, inner, [Link(entry="0", host="vweb", guest="geth0")])
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while "vweb" in lab.devices():  # the kernel removes it a moment later
         assert time.monotonic() < deadline
         time.sleep(0.01)

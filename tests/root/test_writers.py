@@ -163,7 +163,7 @@ def test_what_changed_after_it_was_read_is_left_as_it_is(
         subprocess.Popen(vunify, stdout=subprocess.PIPE, text=True) as run,
     ):
         fcntl.flock(lock, fcntl.LOCK_EX)
-        deadline = monotonic() + 30
+        deadline = monotonic() + 60
         while not _is_waited_for(cgroup / "cgroup.freeze"):
             assert monotonic() < deadline
             sleep(0.005)

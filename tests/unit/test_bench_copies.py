@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from bench import copies, copyreport
+from bench.channels import Carried
 from bench.copies import FIRST, OURS, RSYNC, SIBLING, TAR, Copy, Results
 from bench.report import Machine
 
@@ -54,3 +55,20 @@ def test_a_report_has_every_copy(tmp_path: Path) -> None:
     text = (tmp_path / "copy.md").read_text()
     assert RSYNC in text
     assert "## 100 Mbit/s" in text
+
+
+def test_what_the_channel_carries_is_held_against_its_targets(tmp_path: Path) -> None:
+    carried = {copies.BYTES: Carried(10**9, 0, 4.0), copies.FAR: Carried(10**7, 0, 1.25)}
+    results = Results(COPIES, carried=carried)
+    found = {target.what: target for target in copies.targets(results)}
+    assert found[f"the ssh channel alone: {copies.BYTES}"].reached == pytest.approx(250)
+    assert found[f"the ssh channel alone: {copies.BYTES}"].is_met is True
+    assert found[f"the ssh channel alone: {copies.OBJECTS}"].is_met is None
+    far = found[f"the ssh channel alone: {copies.FAR}, as a part of the link"]
+    assert far.reached == pytest.approx(0.64)
+    assert far.is_met is False
+    report = copyreport.CopyReport(
+        "2026-01-01", "small", 2, _MACHINE, results, copies.targets(results)
+    )
+    copyreport.write(report, tmp_path, "copy")
+    assert "## The ssh channel alone" in (tmp_path / "copy.md").read_text()

@@ -189,7 +189,7 @@ def test_a_reader_that_went_away_is_no_news() -> None:
     os.close(reader)
     with start("[click.echo('x' * 100) for _ in range(10000)]", stdout=writer) as process:
         os.close(writer)
-        _, complaints = process.communicate(timeout=20)
+        _, complaints = process.communicate(timeout=60)
     assert (process.returncode, complaints) == (1, "")
 
 
@@ -198,7 +198,7 @@ def test_a_reader_that_went_away_before_the_last_flush_is_no_news() -> None:
     os.close(reader)
     with start("sys.stdout.write('x')", stdout=writer) as process:
         os.close(writer)
-        _, complaints = process.communicate(timeout=20)
+        _, complaints = process.communicate(timeout=60)
     assert (process.returncode, complaints) == (1, "")
 
 
@@ -206,7 +206,7 @@ def test_results_that_cannot_be_written_are_no_success() -> None:
     full = os.open("/dev/full", os.O_WRONLY)
     with start("sys.stdout.write('x')", stdout=full) as process:
         os.close(full)
-        _, complaints = process.communicate(timeout=20)
+        _, complaints = process.communicate(timeout=60)
     assert process.returncode == 9
     assert complaints.startswith("vtest: No space left on device\n")
     assert "Traceback" not in complaints
@@ -217,7 +217,7 @@ def test_sigint_ends_a_command_with_130() -> None:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
         process.send_signal(signal.SIGINT)
-        _, complaints = process.communicate(timeout=20)
+        _, complaints = process.communicate(timeout=60)
     assert process.returncode == 130
     assert complaints.strip() == "vtest: interrupted"
 
@@ -226,7 +226,7 @@ def test_heavy_modules_wait_until_they_are_needed() -> None:
     heavy = {"tqdm", "json", "blake3", "sqlite3", "paramiko", "pyroute2"}
     body = f"click.echo(sorted({heavy!r} & sys.modules.keys()))"
     with start(body, stdout=subprocess.PIPE) as process:
-        shown, _ = process.communicate(timeout=20)
+        shown, _ = process.communicate(timeout=60)
     assert shown == "[]\n"
 
 

@@ -86,7 +86,7 @@ def test_two_sides_that_both_send_much_do_not_wait_for_each_other() -> None:
         for end in (left, right):
             assert all(end.receive() == (1, body) for _ in range(40))
         for sender in senders:
-            sender.join(10)
+            sender.join(60)
             assert not sender.is_alive()
 
 

@@ -409,7 +409,7 @@ def hold_elsewhere(held: Event, done: Event) -> None:
     with guest.hold_lock("web") as had:
         assert had
         held.set()
-        done.wait(10)
+        done.wait(60)
 
 
 def test_lock_is_exclusive_and_private(conf: Path) -> None:
@@ -440,7 +440,7 @@ def test_lock_is_waited_for_and_no_longer(conf: Path) -> None:
     holder = context.Process(target=hold_elsewhere, args=(held, done))
     holder.start()
     try:
-        assert held.wait(10)
+        assert held.wait(60)
         with guest.hold_lock("web", wait_s=0.05) as had:
             assert not had
         done.set()

@@ -21,7 +21,10 @@ _TOP_LEVEL = {".ci", ".gitignore", "Makefile", "README.md", "pyproject.toml"} | 
 _IMPORTERS = {
     "click": ("vstore/cli.py", "vstore/commands/", "vrun/commands/"),
     "tqdm": ("vstore/render.py",),
-    "ctypes": ("vstore/syscalls.py", "vrun/syscalls.py", "vrun/cow/kernel.py"),
+    "ctypes": (
+        *("vstore/syscalls.py", "vrun/syscalls.py"),
+        *("vrun/mountcalls.py", "vrun/cow/kernel.py"),
+    ),
     "paramiko": ("vstore/copy/session.py",),
 }
 _NO_NAMES = frozenset({"utils", "helpers", "common", "misc", "manager"})
@@ -107,14 +110,6 @@ def test_a_package_file_holds_a_docstring_and_at_most_the_version() -> None:
             assert all(isinstance(node, ast.Expr | ast.Assign) for node in tree.body), _name(path)
 
 
-_OF_VRUN = frozenset(
-    (
-        *("newvserver", "vapt-get", "vhalt", "vmount", "vreboot", "vrpm"),
-        *("vserver", "vserver-all", "vservers"),
-    )
-)
-
-
 def _console_scripts() -> dict[str, str]:
     scripts = tomllib.loads((_TOP / "pyproject.toml").read_text())["project"]["scripts"]
     return {str(name): str(target) for name, target in scripts.items()}
@@ -123,7 +118,8 @@ def _console_scripts() -> dict[str, str]:
 @pytest.mark.parametrize("command", sorted(_console_scripts()))
 def test_each_command_has_a_module_of_its_name(command: str) -> None:
     module, _, function = _console_scripts()[command].partition(":")
-    package = "vrun" if command in _OF_VRUN else "vstore"
+    package = module.partition(".")[0]
+    assert package in _PACKAGES
     assert module == f"{package}.commands.{command.replace('-', '_')}"
     assert callable(getattr(importlib.import_module(module), function))
 

@@ -282,7 +282,7 @@ def dlimit(**keys: str) -> Keys:
         ({"space_total": "-1", "inodes_total": "-1"}, None, None, ""),
     ],
 )
-def test_a_disk_limit_is_in_kilobytes_and_what_is_not_limited_is_said(
+def test_a_disk_limit_is_in_kilobytes(
     etc: Configuration,
     keys: dict[str, str],
     space: int | None,
@@ -290,11 +290,11 @@ def test_a_disk_limit_is_in_kilobytes_and_what_is_not_limited_is_said(
     amounts: str,
 ) -> None:
     spec = etc.spec_of({"context": "1001", **dlimit(**keys)})
-    assert spec.disk_limits == (DiskLimit("0", Path("/srv"), space, inodes, 5),)
-    assert warned(etc) == (["dlimits/0"] if amounts else [])
-    assert all(
-        f"below /srv is not limited to {amounts}; a project quota" in text for text in spec.warnings
-    )
+    where = f"{etc.confdir}/web/dlimits/0"
+    (limit,) = spec.disk_limits
+    assert limit == DiskLimit("0", Path("/srv"), space, inodes, 5, where)
+    assert limit.amounts == amounts
+    assert warned(etc) == []
 
 
 @pytest.mark.parametrize(

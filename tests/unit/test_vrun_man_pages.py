@@ -2,10 +2,12 @@
 
 import importlib
 import re
+import tomllib
 from pathlib import Path
 
 import click
 import pytest
+from click.testing import CliRunner
 
 from tests.fixtures import manpages
 from tests.fixtures.manpages import section, subsection, subsections
@@ -13,6 +15,7 @@ from vrun import enter, names
 from vrun.commands import (
     build,
     bulkoptions,
+    entry,
     guestcommands,
     newvserver,
     plain,
@@ -22,6 +25,7 @@ from vrun.commands import (
     vreboot,
     vrpm,
     vserver_all,
+    vserver_info,
     vservers,
 )
 from vrun.config_init import STYLES
@@ -30,6 +34,20 @@ _PAGES = Path(__file__).parents[2] / "vrun/man"
 _VSERVER = _PAGES / "vserver.8"
 _BUILD = _PAGES / "vserver-build.8"
 _VSERVERS = _PAGES / "vservers.8"
+
+_WITH_WORDS = {"vserver", "vserver-build", "vservers"}
+_ONE_COMMAND = {
+    name: module
+    for name, module in (
+        (script, importlib.import_module(target.partition(":")[0]))
+        for script, target in tomllib.loads((_PAGES.parents[1] / "pyproject.toml").read_text())[
+            "project"
+        ]["scripts"].items()
+        if target.startswith("vrun.")
+    )
+    if hasattr(module, "command")
+}
+"""Commands without words of their own, by name, with their modules."""
 
 _CODES = {
     0,
@@ -44,7 +62,7 @@ _CODES = {
     plain.EXIT_INTERRUPTED,
 }
 
-each_page = pytest.mark.parametrize("page", sorted(_PAGES.iterdir()), ids=lambda page: page.stem)
+each_page = pytest.mark.parametrize("page", sorted(_PAGES.glob("*.8")), ids=lambda page: page.stem)
 
 
 def commands_of(module: object) -> dict[str, click.Command]:
@@ -72,14 +90,14 @@ def unsaid(text: str, options: set[str]) -> list[str]:
 @each_page
 def test_page_has_its_sections(page: Path) -> None:
     text = manpages.plain(page)
-    titles = (*manpages.SECTIONS, "COMMANDS", "OPTIONS", "SEE ALSO")
+    commands = ("COMMANDS",) if page.stem in _WITH_WORDS else ()
+    titles = (*manpages.SECTIONS, *commands, "OPTIONS", "SEE ALSO")
     assert [title for title in titles if not section(text, title).strip()] == []
     assert section(text, "NAME").strip().startswith(f"{page.stem} - ")
-    first = section(text, "SYNOPSIS").strip()
-    assert first.startswith(page.stem.partition("-build")[0])
+    assert section(text, "SYNOPSIS").strip().startswith(page.stem.removesuffix("-build"))
 
 
-@each_page
+@pytest.mark.parametrize("page", sorted(_PAGES.iterdir()), ids=lambda page: page.name)
 def test_page_is_good_roff(page: Path) -> None:
     assert manpages.complaints(page) == ""
 
@@ -167,11 +185,6 @@ _SINGLE = {
 }
 
 
-def test_each_command_has_a_page_and_each_page_a_command() -> None:
-    pages = {page.stem for page in _PAGES.iterdir()}
-    assert pages == {"vserver", "vserver-build", "vservers", *_SINGLE}
-
-
 @pytest.mark.parametrize("name", sorted(_SINGLE))
 def test_a_page_explains_every_option_and_exit_code(name: str) -> None:
     text = manpages.plain(_PAGES / f"{name}.8")
@@ -205,3 +218,44 @@ def test_vservers_explains_every_exit_code() -> None:
     codes = {0, vservers.EXIT_ALL, vservers.EXIT_SOME, plain.EXIT_INTERRUPTED}
     listed = {int(code) for code in re.findall(r"^(\d+)$", section(text, "EXIT STATUS"), re.M)}
     assert listed == codes
+
+
+# --- commands without words of their own
+
+each_command = pytest.mark.parametrize("name", sorted(_ONE_COMMAND))
+
+
+def test_each_command_has_a_page_and_each_page_a_command() -> None:
+    pages = {page.stem for page in _PAGES.glob("*.8")}
+    assert pages == {*_ONE_COMMAND, *_SINGLE, *_WITH_WORDS}
+
+
+@each_command
+def test_page_explains_every_option_and_no_other(name: str) -> None:
+    text = manpages.plain(_PAGES / f"{name}.8")
+    options = options_of(_ONE_COMMAND[name].command) | {"--help"}
+    assert unsaid(section(text, "OPTIONS"), options) == []
+    assert set(manpages.explained_options(section(text, "OPTIONS"))) <= options
+
+
+@each_command
+def test_page_explains_every_exit_code(name: str) -> None:
+    text = manpages.plain(_PAGES / f"{name}.8")
+    named = {value for key, value in vars(_ONE_COMMAND[name]).items() if key.startswith("EXIT_")}
+    codes = {0, entry.EXIT_FAILED, plain.EXIT_INTERRUPTED} | named
+    assert [code for code in sorted(codes) if not manpages.explains_code(text, code)] == []
+
+
+@each_command
+def test_help_fits_a_terminal(name: str) -> None:
+    result = CliRunner().invoke(
+        _ONE_COMMAND[name].command, ["--help"], prog_name=name, terminal_width=80
+    )
+    assert result.exit_code == 0
+    assert max(map(len, result.output.splitlines())) <= 80
+
+
+def test_info_explains_every_tag() -> None:
+    text = manpages.plain(_PAGES / "vserver-info.8")
+    missing = [tag for tag in vserver_info.TAGS if not re.search(rf"\b{tag}\b", text)]
+    assert missing == []

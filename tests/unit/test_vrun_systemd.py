@@ -95,7 +95,7 @@ class _Init:
             connection.sendall(self._answer)
 
     def close(self) -> None:
-        self._thread.join(10)
+        self._thread.join(60)
         self._listening.close()
 
 

@@ -1,12 +1,12 @@
 import pytest
 
-from vrun import syscalls
+from vrun import mountcalls
 from vrun.errors import ToolError
 from vrun.spec import Mount
 from vrun.volumes import Words, parse_words, target_of
 
-_RDONLY, _NOSUID = syscalls.MOUNT_ATTR_RDONLY, syscalls.MOUNT_ATTR_NOSUID
-_NODEV, _NOEXEC = syscalls.MOUNT_ATTR_NODEV, syscalls.MOUNT_ATTR_NOEXEC
+_RDONLY, _NOSUID = mountcalls.MOUNT_ATTR_RDONLY, mountcalls.MOUNT_ATTR_NOSUID
+_NODEV, _NOEXEC = mountcalls.MOUNT_ATTR_NODEV, mountcalls.MOUNT_ATTR_NOEXEC
 
 
 def _line(*options: str, fstype: str = "ext4", target: str = "/srv") -> Mount:
@@ -28,7 +28,7 @@ def _words(*options: str) -> Words:
         (("ro", "rw"), _NODEV),
         (("nosuid", "noexec", "ro"), _NODEV | _NOSUID | _NOEXEC | _RDONLY),
         (("noexec", "exec", "nosuid", "suid", "dev"), 0),
-        (("nodiratime",), _NODEV | syscalls.MOUNT_ATTR_NODIRATIME),
+        (("nodiratime",), _NODEV | mountcalls.MOUNT_ATTR_NODIRATIME),
     ],
 )
 def test_the_last_of_two_words_holds_and_nodev_where_nothing_is_said(
@@ -44,10 +44,10 @@ def test_devpts_is_exempt_from_nodev() -> None:
 @pytest.mark.parametrize(
     ("options", "atime"),
     [
-        (("noatime",), syscalls.MOUNT_ATTR_NOATIME),
-        (("noatime", "relatime"), syscalls.MOUNT_ATTR_RELATIME),
-        (("strictatime",), syscalls.MOUNT_ATTR_STRICTATIME),
-        (("defaults",), syscalls.MOUNT_ATTR_RELATIME),
+        (("noatime",), mountcalls.MOUNT_ATTR_NOATIME),
+        (("noatime", "relatime"), mountcalls.MOUNT_ATTR_RELATIME),
+        (("strictatime",), mountcalls.MOUNT_ATTR_STRICTATIME),
+        (("defaults",), mountcalls.MOUNT_ATTR_RELATIME),
     ],
 )
 def test_the_last_kind_of_atime_holds(options: tuple[str, ...], atime: int) -> None:
@@ -77,10 +77,10 @@ def test_bind_and_rbind() -> None:
 @pytest.mark.parametrize(
     ("word", "flag"),
     [
-        ("private", syscalls.MS_PRIVATE),
-        ("rslave", syscalls.MS_SLAVE),
-        ("shared", syscalls.MS_SHARED),
-        ("runbindable", syscalls.MS_UNBINDABLE),
+        ("private", mountcalls.MS_PRIVATE),
+        ("rslave", mountcalls.MS_SLAVE),
+        ("shared", mountcalls.MS_SHARED),
+        ("runbindable", mountcalls.MS_UNBINDABLE),
     ],
 )
 def test_propagation(word: str, flag: int) -> None:

@@ -17,6 +17,7 @@ from contextlib import suppress
 from typing import Final
 
 from vrun.cow.kernel import reopen_on
+from vrun.cow.notifications import Begun
 from vrun.cow.objects import Objects
 from vrun.cow.paths import Roots
 from vrun.cow.rights import Credentials, Own
@@ -36,6 +37,13 @@ _SWAPS: Final = 16
 
 class Changed(Exception):
     """The name leads to another inode now, or that is not frozen any more: look again."""
+
+
+class Held(Exception):
+    """A lease on the inode is refused: somebody has it open for writing, or tried to and is being
+    turned away. Until that is over, and the lease that held him up is gone, none is granted: look
+    again a moment later.
+    """
 
 
 @dataclass(slots=True)
@@ -61,6 +69,8 @@ class Target:
     name: bytes
     ino: int
     credentials: Credentials
+    text: bytes = b""
+    """The path by which the name was found, if that was by a descriptor."""
 
 
 _numbers = itertools.count()
@@ -137,6 +147,11 @@ class Break:
         """The number of the inode that the name leads to afterwards."""
         return self._status.st_ino if self.is_alone else os.fstat(self.copy_fd).st_ino
 
+    @property
+    def begun(self) -> Begun:
+        """What a successor must know who is to carry on after `finish` has begun."""
+        return Begun(self._target.ino, self.copy_ino, self._target.text)
+
     def check(self, check: Check) -> None:
         """Let the kernel decide on the twin; raises what it says."""
         check_on_twin(self._shop, self.shared_fd, self.copy_fd, self._target.credentials, check)
@@ -160,7 +175,7 @@ class Break:
     def finish(self) -> None:
         """Put the copy in the name's place; the folder's times stay as they were.
 
-        Raises Changed; OSError, EBUSY where somebody outside has the object open for writing.
+        Raises Changed, Held, OSError.
         """
         if self.is_alone:
             thaw_alone(self._shop, self.shared_fd)
@@ -171,19 +186,19 @@ class Break:
         os.link(place, spare, src_dir_fd=shop.roots.proc_fd, dst_dir_fd=shop.stage_fd)
         before = os.fstat(self._folder_fd)
         guarded_fd = os.dup(self.shared_fd)
-        with shop.windows.guard([guarded_fd]) as refused:
-            try:
+        try:
+            with shop.windows.guard([guarded_fd]) as refused:
                 if refused:
-                    raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+                    raise Held
                 with shop.windows.thawed(guarded_fd):
                     try:
                         _swap(shop.stage_fd, spare, self._folder_fd, target)
                     finally:
                         os.unlink(spare, dir_fd=shop.stage_fd)
                         spare = b""
-            finally:
-                if spare:
-                    os.unlink(spare, dir_fd=shop.stage_fd)
+        finally:
+            if spare:
+                os.unlink(spare, dir_fd=shop.stage_fd)
         with suppress(OSError):
             os.utime(self._folder_fd, ns=(before.st_atime_ns, before.st_mtime_ns))
 

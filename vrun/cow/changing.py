@@ -123,11 +123,6 @@ def futimesat(desk: Desk, asked: Asked, directory: int, address: int, times: int
 def utimensat(
     desk: Desk, asked: Asked, directory: int, address: int, times: int, flags: int
 ) -> None:
-    is_open = not address or bool(flags & AT_EMPTY_PATH and desk.is_empty(asked.call, address))
-    if is_open and _is_plain_fd(asked, directory):
-        return
-    if not is_open and desk.is_plain(asked.call, directory, address, flags & NOFOLLOW):
-        return
     is_now, act = not times, None
     if times:
         is_narrow = asked.call.arch in NARROW
@@ -151,29 +146,25 @@ def setxattr(
     desk: Desk, asked: Asked, address: int, what: tuple[int, int, int, int], flags: int
 ) -> None:
     """`what`: the addresses of name and value, the value's size, and XATTR_ flags."""
-    if desk.is_plain(asked.call, AT_FDCWD, address, flags):
-        return
     check = _set_xattr(asked, *what)
     if check:
         _change(desk, asked, AT_FDCWD, address, flags, check)
 
 
 def fsetxattr(desk: Desk, asked: Asked, fd: int, what: tuple[int, int, int, int]) -> None:
-    check = None if _is_plain_fd(asked, fd) else _set_xattr(asked, *what)
+    check = _set_xattr(asked, *what)
     if check:
         _change_open(desk, asked, fd, check)
 
 
 def removexattr(desk: Desk, asked: Asked, address: int, name: int, flags: int) -> None:
-    if desk.is_plain(asked.call, AT_FDCWD, address, flags):
-        return
     check = _remove_xattr(asked, name)
     if check:
         _change(desk, asked, AT_FDCWD, address, flags, check)
 
 
 def fremovexattr(desk: Desk, asked: Asked, fd: int, name: int) -> None:
-    check = None if _is_plain_fd(asked, fd) else _remove_xattr(asked, name)
+    check = _remove_xattr(asked, name)
     if check:
         _change_open(desk, asked, fd, check)
 
@@ -209,9 +200,8 @@ def _change(
     if flags & AT_EMPTY_PATH and desk.is_empty(asked.call, address):
         _change_open(desk, asked, directory, check)
         return
-    if not desk.is_plain(asked.call, directory, address, flags & NOFOLLOW):
-        follow = not flags & NOFOLLOW
-        desk.break_path(asked, directory, address, check, follow=follow, act=act or check)
+    follow = not flags & NOFOLLOW
+    desk.break_path(asked, directory, address, check, follow=follow, act=act or check)
 
 
 # --- through a descriptor
@@ -285,13 +275,15 @@ def _break_open(
     wanted = flags & _REOPENED
     desk.roots.enter(asked.call.tid)
     asked.listener.check(asked.call.id)
-    if not desk.find_name(place, ino):
+    found_ino = desk.find_name(place, ino, asked.begun)
+    if not found_ino:
         desk.roots.go_home()
         with desk.telling():
             return _copy_of_deleted(desk, place.fd, status, check, wanted)
-    target = Target(place.folder_fd, place.name, ino, status.credentials)
-    copy_ino = desk.break_found(asked, target, check, at_once=True)
-    return open_regular(desk.shop, place.folder_fd, place.name, copy_ino, wanted)
+    if found_ino == ino:
+        target = Target(place.folder_fd, place.name, ino, status.credentials, place.text)
+        found_ino = desk.break_found(asked, target, check, at_once=True)
+    return open_regular(desk.shop, place.folder_fd, place.name, found_ino, wanted)
 
 
 def _copy_of_deleted(

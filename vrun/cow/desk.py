@@ -1,9 +1,6 @@
-"""What every call of a guest is served with: where its path leads, whether that is frozen, and how
-the call is answered.
-
-Almost all calls concern files that are not frozen. They are let go on after one look, with as few
-system calls as can be. The rest is looked at again, slowly: with the caller's rights, component by
-component.
+"""What a call of a guest is served with that the quick look did not let go on: where its path leads
+with the caller's rights, component by component, whether that is frozen, and how the call is
+answered.
 """
 
 import errno
@@ -16,7 +13,7 @@ from typing import Final
 
 from vrun.cow import kernel, paths, rights
 from vrun.cow.breaking import Break, Changed, Check, Target, Workshop, open_regular
-from vrun.cow.notifications import Call, Gone, Listener
+from vrun.cow.notifications import Begun, Call, Gone, Listener
 from vrun.errors import ToolError
 from vstore.record import dataclass
 
@@ -33,6 +30,9 @@ class Asked:
     call: Call
     is_time64: bool = False
     """Its times have 8 bytes each although its addresses have 4."""
+    begun: Begun | None = None
+    held_until_s: float = 0.0
+    """Until when it waits for a lease to go, by the monotonic clock; 0: it does not."""
 
 
 class Answered(Exception):
@@ -65,10 +65,14 @@ class Found:
     status: rights.Status
     is_by_descriptor: bool = False
     """The path led through a descriptor, which goes on showing the shared file."""
+    copy_ino: int = 0
+    """The name has got its copy for this call already, of this number."""
 
     @property
     def target(self) -> Target:
-        return Target(self.place.folder_fd, self.place.name, self.ino, self.status.credentials)
+        place = self.place
+        credentials = self.status.credentials
+        return Target(place.folder_fd, place.name, self.ino, credentials, place.text)
 
 
 class Desk:
@@ -82,29 +86,9 @@ class Desk:
         self.in_work: set[int] = set()
         """Inode numbers whose copies other processes make at the moment."""
 
-    # --- the quick look
-
-    def is_plain(self, call: Call, directory: int, address: int, flags: int) -> bool:
-        """Whether the path at `address` leads to nothing that is frozen, for all we can see without
-        taking the caller's place; or to nothing at all.
-        """
-        tid = call.tid
-        try:
-            text = kernel.read_text(tid, address)
-            if not text:
-                return True
-            found = self.roots.look(tid, directory, text, flags)
-        except OSError as error:
-            if error.errno != errno.ENOENT:
-                return error.errno not in (errno.EACCES, errno.EPERM)
-            return text is not None and self.roots.is_surely_absent(tid, directory, text)
-        return not (found[0] & kernel.IMMUTABLE and stat.S_ISREG(found[2]))
-
     def is_empty(self, call: Call, address: int) -> bool:
         """Whether the path at `address` is empty, or there is none."""
         return not address or kernel.read_text(call.tid, address) == b""
-
-    # --- the slow one
 
     @contextmanager
     def located(
@@ -116,7 +100,7 @@ class Desk:
         place = None
         try:
             place, status = self.walk(asked, directory, address, follow=follow)
-            yield self._as_found(place, status) if place is not None else None
+            yield self._as_found(asked, place, status) if place is not None else None
         finally:
             if place is not None:
                 place.close()
@@ -149,16 +133,19 @@ class Desk:
         asked.listener.check(asked.call.id)
         return status
 
-    def _as_found(self, place: paths.Place, status: rights.Status) -> Found | None:
+    def _as_found(self, asked: Asked, place: paths.Place, status: rights.Status) -> Found | None:
         if place.fd < 0:
             return None
         ino = self.frozen_ino(place.fd)
         if ino is None:
             return None
-        is_by_descriptor = place.folder_fd < 0
-        if is_by_descriptor and not self.find_name(place, ino):
+        if place.folder_fd >= 0:
+            return Found(place, ino, status)
+        found_ino = self.find_name(place, ino, asked.begun)
+        if not found_ino:
             return None
-        return Found(place, ino, status, is_by_descriptor)
+        copy_ino = found_ino if found_ino != ino else 0
+        return Found(place, ino, status, is_by_descriptor=True, copy_ino=copy_ino)
 
     def frozen_ino(self, fd: int) -> int | None:
         """The number of the inode behind `fd` if it is a frozen file on the pool's file system."""
@@ -167,26 +154,31 @@ class Desk:
             return None
         return ino if kernel.device_and_mount()[0] == self.shop.pool.device else None
 
-    def find_name(self, place: paths.Place, ino: int) -> bool:
-        """Give `place`, which has only a descriptor, the folder and name that it was opened by;
-        False where the file has no such name any more.
+    def find_name(self, place: paths.Place, ino: int, begun: Begun | None = None) -> int:
+        """Give `place`, which has only a descriptor, the folder and name that it was opened by; the
+        number of the inode there, `ino` or that of the copy which the call has got already. 0 where
+        the file has no such name any more.
 
         To be called with the caller's root.
         """
-        text = os.readlink(f"self/fd/{place.fd}", dir_fd=self.roots.proc_fd)
-        name = os.fsencode(text)
+        name = os.fsencode(os.readlink(f"self/fd/{place.fd}", dir_fd=self.roots.proc_fd))
+        copy_ino = 0
+        if begun is not None and begun.ino == ino and begun.path:
+            name, copy_ino = begun.path, begun.copy_ino
         if not name.startswith(b"/"):
-            return False
+            return 0
         try:
             found = paths.walk_back(name)
         except OSError:
-            return False
-        if found.fd < 0 or kernel.look(found.fd, b"", kernel.AT_EMPTY_PATH)[3] != ino:
+            return 0
+        found_ino = kernel.look(found.fd, b"", kernel.AT_EMPTY_PATH)[3] if found.fd >= 0 else 0
+        if not found_ino or found_ino not in (ino, copy_ino):
             found.close()
-            return False
+            return 0
         os.close(place.fd)
         place.fd, place.folder_fd, place.name = found.fd, found.folder_fd, found.name
-        return True
+        place.text = name
+        return found_ino
 
     # --- breaking
 
@@ -214,7 +206,9 @@ class Desk:
                 if found is None:
                     return
                 try:
-                    ino = self.break_found(asked, found.target, check, is_emptied=is_emptied)
+                    ino = found.copy_ino or self.break_found(
+                        asked, found.target, check, is_emptied=is_emptied
+                    )
                     if found.is_by_descriptor and act is not None:
                         self._act(found.target, ino, act)
                 except Changed:
@@ -257,6 +251,7 @@ class Desk:
                             raise Deferred
                     work.fill()
                 ino = work.copy_ino
+                asked.listener.page.note_begun(asked.call.id, work.begun)
                 work.finish()
             finally:
                 if is_ours:

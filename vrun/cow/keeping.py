@@ -93,13 +93,16 @@ class Supervision:
         """
         self._name = name
         self._heir: socket.socket | None = None
+        self._predecessor: socket.socket | None = None
         self._linger_s = linger_s
         self._pool_path = pool
         self._loop = loop
         self._note = note
         self._stack = ExitStack()
         self._pool = self._stack.enter_context(Pool.load(pool))
-        (self._stage_fd,) = self._stack.enter_context(self._pool.stage(1))
+        self._stage_lock_fd, (self._stage_fd,) = self._stack.enter_context(
+            self._pool.locked_stage(1)
+        )
         self._page = Page()
         self._listeners: list[int] = []
         self._keeper: Keeper | None = None
@@ -132,7 +135,7 @@ class Supervision:
         """Take over the listeners of a guest whose monitor is gone, from its supervisor; whether
         there is one.
         """
-        self._listeners = heir.inherit(self._name)
+        self._listeners, self._predecessor = heir.inherit(self._name)
         return bool(self._listeners)
 
     # --- the supervisor
@@ -156,6 +159,8 @@ class Supervision:
     def _fork(self) -> None:
         if self._name and self._heir is None:
             self._heir = heir.listen(self._name)
+            if self._predecessor is None:
+                heir.announce(self._name)
         near, far = pair()
         keeper = Keeper()
         duty = Duty(
@@ -163,11 +168,14 @@ class Supervision:
             page=self._page,
             listeners=list(self._listeners),
             stage_fd=self._stage_fd,
+            stage_lock_fd=self._stage_lock_fd,
             keeper=keeper.holder_socket,
             control=far,
             bequest=self._bequest,
             linger_s=self._linger_s,
+            name=self._name,
             heir=self._heir,
+            predecessor=self._predecessor,
         )
         self._is_settled = False
         self._began_s = time.monotonic()
@@ -176,6 +184,9 @@ class Supervision:
             be_supervisor(duty)
         far.close()
         keeper.holder_socket.close()
+        if self._predecessor is not None:
+            self._predecessor.close()
+            self._predecessor = None
         self._keeper, self._control = keeper, near
         near.socket.setblocking(False)
         self._loop.watch(keeper.fileno(), self._drain)

@@ -31,8 +31,19 @@ _STATFS_SIZE: Final = 120
 
 _LOOK: Final = struct.Struct("=8xQI8xH2xQ")
 """Of struct statx: attributes, nlink, mode, ino."""
+_SEEN: Final = struct.Struct("=8xQ12xH")
+"""Of struct statx: attributes, mode."""
 _DEVICE: Final = struct.Struct("=136xIIQ")
 """Of struct statx: major and minor of the device, mount id."""
+
+
+def _declare_quick(name: str, result: Any = ctypes.c_int) -> Any:
+    """A function without argument types, which take a microsecond to check: a number is passed as
+    an int, bytes as their address; all else has to be an object of ctypes.
+    """
+    function = _libc[name]
+    function.restype = result
+    return function
 
 
 def _declare(name: str, result: Any, *argument_types: Any) -> Any:
@@ -48,6 +59,8 @@ _statx = _declare(
 )
 _answer = ctypes.create_string_buffer(_STATX_SIZE)
 _answer_address = ctypes.addressof(_answer)
+_quick_statx = _declare_quick("statx")
+_quick_answer = ctypes.c_void_p(_answer_address)
 
 
 def look(
@@ -76,46 +89,81 @@ def device_and_mount() -> tuple[int, int]:
     return os.makedev(major, minor), mount
 
 
+def glance(
+    path: bytes,
+    flags: int,
+    *,
+    _statx: Any = _quick_statx,
+    _wanted: int = _STATX_WANTED,
+    _answer: Any = _quick_answer,
+) -> int:
+    """As look(), of a path from the working directory on: the errno, 0 where seen() tells more."""
+    how = flags | 0x4800  # _AT_NO_AUTOMOUNT | _AT_STATX_DONT_SYNC
+    if _statx(-100, path, how, _wanted, _answer) < 0:  # AT_FDCWD
+        return _errno()
+    return 0
+
+
+def seen(*, _unpack: Any = _SEEN.unpack_from) -> tuple[int, int]:
+    """(attributes, mode) of the last glance()."""
+    found: tuple[int, int] = _unpack(_answer)
+    return found
+
+
 # --- another process's memory: process_vm_readv(2)
 
-
-class _Iovec(ctypes.Structure):
-    _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
-
-
-_process_vm_readv = _declare(
-    *("process_vm_readv", ctypes.c_ssize_t, ctypes.c_int),
-    *(ctypes.c_void_p, ctypes.c_ulong, ctypes.c_void_p, ctypes.c_ulong, ctypes.c_ulong),
-)
 _MOST_READ: Final = 1 << 16
+_FIRST_READ: Final = 256
+"""Bytes in which most paths end."""
+_IOVEC: Final = struct.Struct("@PN")
+_IOVECS: Final = struct.Struct("@PNPN")
+_ADDRESSES: Final = (1 << 8 * struct.calcsize("P")) - 1
+
+_process_vm_readv = _declare_quick("process_vm_readv", ctypes.c_ssize_t)
 _block = ctypes.create_string_buffer(_MOST_READ)
-_here = _Iovec(ctypes.addressof(_block), _MOST_READ)
-_here_address = ctypes.addressof(_here)
-_there = (_Iovec * 2)()
-_there_address = ctypes.addressof(_there)
-_there_first, _there_second = _there[0], _there[1]
+_here_iovec = ctypes.create_string_buffer(_IOVEC.pack(ctypes.addressof(_block), _MOST_READ))
+_there_iovecs = ctypes.create_string_buffer(_IOVECS.size)
+_here = ctypes.c_void_p(ctypes.addressof(_here_iovec))
+_there = ctypes.c_void_p(ctypes.addressof(_there_iovecs))
+_NONE, _ONE, _TWO = ctypes.c_ulong(0), ctypes.c_ulong(1), ctypes.c_ulong(2)
 
 
-def read_text(
-    tid: int, address: int, *, _readv: Any = _process_vm_readv, _text: Any = _block
-) -> bytes | None:
+def read_text(tid: int, address: int) -> bytes | None:
     """The text up to its NUL at `address` of the thread's memory; None where there is none, or one
     of more than 4,095 bytes.
 
     What is there may change at any moment. Raises OSError: ESRCH where the thread is gone.
     """
-    # A page at a time: the next one need not be there.
+    count = _read_up_to(tid, address, _FIRST_READ)
+    text: bytes = _block.value  # up to the first NUL
+    if len(text) < count:
+        return text
+    if count < _FIRST_READ:
+        return None
+    count = _read_up_to(tid, address, _PATH_MAX)
+    text = _block.value
+    return text if len(text) < count else None
+
+
+def _read_up_to(
+    tid: int, address: int, size: int, *, _readv: Any = _process_vm_readv, _there: Any = _there
+) -> int:
+    """Read so many bytes, at most a page, to `_block`; how many are there."""
     first = _PAGE - (address & (_PAGE - 1))
-    _there_first.base, _there_first.length = address, first
-    _there_second.base, _there_second.length = address + first, _PATH_MAX - first
-    count = _readv(tid, _here_address, 1, _there_address, 2, 0)
+    if first >= size:
+        _IOVEC.pack_into(_there_iovecs, 0, address, size)
+        parts = _ONE
+    else:  # a page at a time: the next one need not be there
+        second = (address + first) & _ADDRESSES
+        _IOVECS.pack_into(_there_iovecs, 0, address, first, second, size - first)
+        parts = _TWO
+    count: int = _readv(tid, _here, _ONE, _there, parts, _NONE)
     if count < 0:
         number = _errno()
         if number == errno.EFAULT:
-            return None
+            return 0
         raise OSError(number, os.strerror(number))
-    text: bytes = _text.value  # up to the first NUL
-    return text if len(text) < count else None
+    return count
 
 
 def read_bytes(tid: int, address: int, count: int) -> bytes | None:
@@ -126,8 +174,8 @@ def read_bytes(tid: int, address: int, count: int) -> bytes | None:
     """
     if not count:
         return b""
-    _there_first.base, _there_first.length = address, min(count, _MOST_READ)
-    done = _process_vm_readv(tid, _here_address, 1, _there_address, 1, 0)
+    _IOVEC.pack_into(_there_iovecs, 0, address & _ADDRESSES, min(count, _MOST_READ))
+    done = _process_vm_readv(tid, _here, _ONE, _there, _ONE, _NONE)
     if done < 0 and _errno() != errno.EFAULT:
         raise OSError(_errno(), os.strerror(_errno()))
     return ctypes.string_at(_block, count) if done == count else None

@@ -15,10 +15,10 @@ from functools import partial
 from typing import Final
 
 from vrun.cow import rights
-from vrun.cow.breaking import Changed, check_object, open_shared, thaw_alone
+from vrun.cow.breaking import Changed, Held, check_object, open_shared, thaw_alone
 from vrun.cow.desk import Answered, Asked, Desk, Found
 from vrun.cow.kernel import AT_EMPTY_PATH, AT_FDCWD, AT_REMOVEDIR, AT_SYMLINK_FOLLOW
-from vrun.cow.kernel import AT_SYMLINK_NOFOLLOW as NOFOLLOW
+from vrun.cow.notifications import Begun
 from vrun.cow.paths import Place
 from vstore import inode, syscalls
 
@@ -27,17 +27,17 @@ _CAP_FOWNER: Final = 1 << 3
 
 
 def unlinkat(desk: Desk, asked: Asked, directory: int, address: int, flags: int) -> None:
-    if flags & AT_REMOVEDIR or desk.is_plain(asked.call, directory, address, NOFOLLOW):
+    if flags & AT_REMOVEDIR:
         return
+    _check_undone(desk, asked, directory, address)
     for _ in range(_TRIES):
         with desk.located(asked, directory, address, follow=False) as found:
             if found is None or not found.place.name:
                 return
             place = found.place
             with suppress(Changed):
-                _carry_out(
-                    desk, asked, [found], partial(os.unlink, place.name, dir_fd=place.folder_fd)
-                )
+                do = partial(os.unlink, place.name, dir_fd=place.folder_fd)
+                _carry_out(desk, asked, [found], found.ino, do)
 
 
 def renameat(
@@ -50,15 +50,31 @@ def renameat(
     flags: int = 0,
 ) -> None:
     old, new = (directory, address), (new_directory, new_address)
-    if all([desk.is_plain(asked.call, *path, NOFOLLOW) for path in (old, new)]):
-        return
+    _check_undone(desk, asked, *old)
     for _ in range(_TRIES):
         with _both(desk, asked, old, new) as (frozen, places):
             if not frozen or not all(place.name for place in places):
                 return
             source, target = places
+            ino = os.fstat(source.fd).st_ino if source.fd >= 0 else 0
             with suppress(Changed):
-                _carry_out(desk, asked, frozen, partial(_rename, source, target, flags))
+                _carry_out(desk, asked, frozen, ino, partial(_rename, source, target, flags))
+
+
+def _check_undone(desk: Desk, asked: Asked, directory: int, address: int) -> None:
+    """Raise Answered where a supervisor that was killed had carried the call out: its name leads
+    elsewhere. What it leads to now is not to be removed, or renamed back.
+    """
+    if asked.begun is None or asked.begun.copy_ino:
+        return
+    place, _ = desk.walk(asked, directory, address, follow=False)
+    if place is None:
+        return
+    try:
+        if place.fd < 0 or os.fstat(place.fd).st_ino != asked.begun.ino:
+            raise Answered
+    finally:
+        place.close()
 
 
 def _rename(source: Place, target: Place, flags: int) -> None:
@@ -85,8 +101,13 @@ def _both(
         yield frozen, places
 
 
-def _carry_out(desk: Desk, asked: Asked, frozen: list[Found], do: Callable[[], None]) -> None:
-    """Make the call while the frozen files are thawed. Raises Answered, Changed, Gone."""
+def _carry_out(
+    desk: Desk, asked: Asked, frozen: list[Found], ino: int, do: Callable[[], None]
+) -> None:
+    """Make the call while the frozen files are thawed; `ino` is what its first name leads to.
+
+    Raises Answered, Changed, Gone, Held.
+    """
     with desk.telling(), ExitStack() as stack:
         shop = desk.shop
         shop.roots.go_home()
@@ -107,29 +128,26 @@ def _carry_out(desk: Desk, asked: Asked, frozen: list[Found], do: Callable[[], N
         guarded = [os.dup(fd) for fd in shared]
         with shop.windows.guard(guarded) as refused:
             if refused:
-                raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+                raise Held
             with ExitStack() as windows:
                 for fd in guarded:
                     windows.enter_context(shop.windows.thawed(fd))
-                _make_call(desk, frozen, do)
+                _check_unchanged(frozen)
+                asked.listener.page.note_begun(asked.call.id, Begun(ino, 0, b""))
+                with shop.own.given_up_for(frozen[0].status.credentials):
+                    do()
                 asked.listener.page.note_result(asked.call.id, 0, 0)
     raise Answered
 
 
-def _make_call(desk: Desk, frozen: list[Found], do: Callable[[], None]) -> None:
+def _check_unchanged(frozen: list[Found]) -> None:
     for found in frozen:
-        _check_unchanged(found)
-    with desk.shop.own.given_up_for(frozen[0].status.credentials):
-        do()
-
-
-def _check_unchanged(found: Found) -> None:
-    try:
-        now = os.stat(found.place.name, dir_fd=found.place.folder_fd, follow_symlinks=False)
-    except FileNotFoundError:
-        raise Changed from None
-    if now.st_ino != found.ino:
-        raise Changed
+        try:
+            now = os.stat(found.place.name, dir_fd=found.place.folder_fd, follow_symlinks=False)
+        except FileNotFoundError:
+            raise Changed from None
+        if now.st_ino != found.ino:
+            raise Changed
 
 
 @contextmanager
@@ -155,8 +173,6 @@ def linkat(
     follow = bool(flags & AT_SYMLINK_FOLLOW)
     if flags & AT_EMPTY_PATH and desk.is_empty(asked.call, address):
         return  # names nothing that could be broken: EPERM for a frozen file
-    if desk.is_plain(asked.call, directory, address, 0 if follow else NOFOLLOW):
-        return
     place, status = desk.walk(asked, new_directory, new_address, follow=False)
     if place is None:
         return

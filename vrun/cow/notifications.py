@@ -29,17 +29,24 @@ _RESPONSE: Final = struct.Struct("=QqiI")
 _ADDED: Final = struct.Struct("=QIIII")
 _ID: Final = struct.Struct("=Q")
 _EMPTY: Final = bytes(SIZE)
-_PAGE_SIZE: Final = 4096
+_PAGE_SIZE: Final = 8192
 """fcntl.ioctl() hands buffers over 1,024 bytes to the kernel as they are, smaller ones by a copy
 that a kill may catch half way."""
 
+_go_on: Final = bytearray(_PAGE_SIZE)
+"""The answer that lets a call go on; nothing but the call's id changes."""
+_RESPONSE.pack_into(_go_on, 0, 0, 0, 0, CONTINUE)
+
 _WHOSE: Final = struct.Struct("=i")
 _WHOSE_PLACE: Final = 128
-_RESULT: Final = struct.Struct("=Qqi")
+_RESULT: Final = struct.Struct("=qi")
 _RESULT_PLACE: Final = 192
+_BEGUN: Final = struct.Struct("=QQH")
+_BEGUN_PLACE: Final = 224
 _SLOTS_PLACE: Final = 256
 _SLOT_SIZE: Final = 96
 _SLOTS: Final = 40
+_PATH_PLACE: Final = 4096
 
 
 class Call(NamedTuple):
@@ -68,45 +75,90 @@ class Gone(Exception):
     """The caller does not wait any more: it was killed, or a signal interrupted it."""
 
 
+class Begun(NamedTuple):
+    """How far a call had got that may have been carried out, in part or by one who was killed."""
+
+    ino: int
+    """Of the inode that a name led to then."""
+    copy_ino: int
+    """Of the private copy for that name; 0 where the name was to get none."""
+    path: bytes
+    """The name, if it was found by a descriptor: that shows it no more when it has the copy."""
+
+
+class Left(NamedTuple):
+    """A call that was in work when the last supervisor was killed."""
+
+    place: int
+    """Of its listener among all."""
+    call: Call
+    result: tuple[int, int] | None
+    """Value and errno, if it was done and perhaps not told yet."""
+    begun: Begun | None
+    slot: int
+    """The slot of the page in which it is kept; 0: none."""
+
+
 class Page:
     """The call in work, in memory that outlives this process.
 
     bytes 0-79     the notification, as the kernel wrote it; all 0: there is none
     bytes 128-131  the place of its listener among all
-    bytes 192-211  the call's result, once it is done and as long as it is not told
+    bytes 192-211  a call's id and its result, once it is done and as long as it is not told
+    bytes 224-249  a call's id, two inode numbers, a path's length: it is just being carried out
     bytes 256-     slots of 96 bytes: calls that wait for something, as in bytes 0-131 (place last)
+    bytes 4096-    that path
+
+    An id is written after what belongs to it: a kill may come between any two of them.
     """
 
     def __init__(self) -> None:
         """Shared with every process that is forked from this one."""
         self.memory = mmap.mmap(-1, _PAGE_SIZE)
 
-    def note_listener(self, place: int) -> None:
-        """What comes next comes from this listener."""
-        _WHOSE.pack_into(self.memory, _WHOSE_PLACE, place)
-
     def note_result(self, call_id: int, value: int, error: int) -> None:
         """The call has been carried out."""
-        _RESULT.pack_into(self.memory, _RESULT_PLACE, call_id, value, error)
+        _RESULT.pack_into(self.memory, _RESULT_PLACE + _ID.size, value, error)
+        _ID.pack_into(self.memory, _RESULT_PLACE, call_id)
 
-    def load_all(self) -> list[tuple[int, Call, tuple[int, int] | None]]:
-        """The calls that were in work: the place of the listener, the call, and its result if it
-        has one. The slots are free afterwards.
+    def note_begun(self, call_id: int, begun: Begun) -> None:
+        """What carries the call out comes next: the name will lead to another inode afterwards, to
+        the copy if there is one, or to nothing.
         """
-        found = []
-        done_id, value, error = _RESULT.unpack_from(self.memory, _RESULT_PLACE)
+        ino, copy_ino, path = begun
+        size = len(path)
+        _ID.pack_into(self.memory, _BEGUN_PLACE, 0)
+        self.memory[_PATH_PLACE : _PATH_PLACE + size] = path
+        _BEGUN.pack_into(self.memory, _BEGUN_PLACE + _ID.size, ino, copy_ino, size)
+        _ID.pack_into(self.memory, _BEGUN_PLACE, call_id)
+
+    def load_all(self) -> list[Left]:
+        """The calls that were in work, first those that may have been carried out. Slots are theirs
+        until they are forgotten.
+        """
         (place,) = _WHOSE.unpack_from(self.memory, _WHOSE_PLACE)
-        call = self._load(0)
-        if call.id:
-            found.append((place, call, (value, error) if done_id == call.id else None))
+        found = [self._load_left(0, place, 0)]
         for slot in range(1, _SLOTS + 1):
             at = _place_of(slot)
-            call = self._load(at)
-            if call.id:
-                (place,) = _WHOSE.unpack_from(self.memory, at + SIZE)
-                found.append((place, call, None))
-            self.forget(slot)
-        return found
+            (place,) = _WHOSE.unpack_from(self.memory, at + SIZE)
+            found.append(self._load_left(at, place, slot))
+        waiting = [left for left in found if left.call.id]
+        return sorted(waiting, key=lambda left: left.result is None and left.begun is None)
+
+    def _load_left(self, at: int, place: int, slot: int) -> Left:
+        call = self._load(at)
+        (done_id,) = _ID.unpack_from(self.memory, _RESULT_PLACE)
+        (begun_id,) = _ID.unpack_from(self.memory, _BEGUN_PLACE)
+        result = _RESULT.unpack_from(self.memory, _RESULT_PLACE + _ID.size)
+        ino, copy_ino, size = _BEGUN.unpack_from(self.memory, _BEGUN_PLACE + _ID.size)
+        path = self.memory[_PATH_PLACE : _PATH_PLACE + size]
+        return Left(
+            place,
+            call,
+            (result[0], result[1]) if done_id == call.id else None,
+            Begun(ino, copy_ino, path) if begun_id == call.id else None,
+            slot,
+        )
 
     def _load(self, at: int) -> Call:
         return Call._make(_NOTIFICATION.unpack_from(self.memory, at))
@@ -116,15 +168,18 @@ class Page:
         for slot in range(1, _SLOTS + 1):
             at = _place_of(slot)
             if not self._load(at).id:
+                data = _NOTIFICATION.pack(*call)
                 _WHOSE.pack_into(self.memory, at + SIZE, place)
-                _NOTIFICATION.pack_into(self.memory, at, *call)
+                self.memory[at + _ID.size : at + SIZE] = data[_ID.size :]
+                self.memory[at : at + _ID.size] = data[: _ID.size]
                 return slot
         return 0
 
     def forget(self, slot: int) -> None:
-        """The call of that slot has its answer, or is in work again."""
-        at = _place_of(slot)
-        self.memory[at : at + SIZE] = _EMPTY
+        """The call of that slot has its answer, or is kept in another one; 0 is none."""
+        if slot:
+            at = _place_of(slot)
+            self.memory[at : at + SIZE] = _EMPTY
 
 
 def _place_of(slot: int) -> int:
@@ -143,19 +198,25 @@ class Listener:
         with suppress(OSError):  # an older kernel: 40 µs more for each call
             fcntl.ioctl(fd, SET_FLAGS, SYNC_WAKE_UP)
 
+    @property
+    def is_open(self) -> bool:
+        """Whether a process under its filter may be left."""
+        return self.fd >= 0
+
     def receive(
         self,
         *,
         _ioctl: Any = fcntl.ioctl,
         _make: Any = Call._make,
         _unpack: Any = _NOTIFICATION.unpack_from,
+        _note: Any = _WHOSE.pack_into,
     ) -> Call | None:
         """The next call; None where it has gone meanwhile. Only after poll(2) said that one is
         there. It stays in the page until the next one.
         """
         memory = self._memory
         memory[:SIZE] = _EMPTY
-        self.page.note_listener(self.place)
+        _note(memory, _WHOSE_PLACE, self.place)
         try:
             _ioctl(self.fd, RECV, memory)
         except OSError as error:
@@ -166,10 +227,13 @@ class Listener:
         call: Call = _make(_unpack(memory))
         return call
 
-    def go_on(self, call_id: int, *, _ioctl: Any = fcntl.ioctl) -> None:
+    def go_on(
+        self, call_id: int, *, _ioctl: Any = fcntl.ioctl, _id_into: Any = _ID.pack_into
+    ) -> None:
         """Let the kernel carry the call out; no harm where nobody waits any more."""
         try:
-            _ioctl(self.fd, SEND, _RESPONSE.pack(call_id, 0, 0, CONTINUE))
+            _id_into(_go_on, 0, call_id)
+            _ioctl(self.fd, SEND, _go_on)
         except OSError as error:
             if error.errno != errno.ENOENT:
                 raise
@@ -207,3 +271,4 @@ class Listener:
 
     def close(self) -> None:
         os.close(self.fd)
+        self.fd = -1

@@ -12,7 +12,7 @@ from typing import Final
 from vrun.cow import rights
 from vrun.cow.breaking import Break, Changed, Check, open_regular
 from vrun.cow.desk import Answered, Asked, Desk, Found
-from vrun.cow.kernel import AT_FDCWD, AT_SYMLINK_NOFOLLOW
+from vrun.cow.kernel import AT_FDCWD
 
 _NOT_FOR_REOPENING: Final = os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
 _CREAT: Final = os.O_CREAT | os.O_WRONLY | os.O_TRUNC
@@ -24,8 +24,6 @@ def openat(desk: Desk, asked: Asked, directory: int, address: int, flags: int) -
     Deferred, Gone, or OSError where it will fail by itself.
     """
     follow = not flags & os.O_NOFOLLOW
-    if desk.is_plain(asked.call, directory, address, 0 if follow else AT_SYMLINK_NOFOLLOW):
-        return
     if flags & os.O_DIRECTORY:
         return  # ENOTDIR
     check = _access_check(desk, flags)
@@ -48,8 +46,6 @@ def creat(desk: Desk, asked: Asked, address: int) -> None:
 
 
 def truncate(desk: Desk, asked: Asked, address: int, length: int) -> None:
-    if desk.is_plain(asked.call, AT_FDCWD, address, 0):
-        return
     check = _access_check(desk, os.O_WRONLY)
     desk.break_path(
         *(asked, AT_FDCWD, address, check),
@@ -71,7 +67,11 @@ def _access_check(desk: Desk, flags: int) -> Check:
 def _open_copy(desk: Desk, asked: Asked, found: Found, flags: int, check: Check) -> None:
     """Raises Answered with a descriptor of the private copy; Changed."""
     target, listener, call = found.target, asked.listener, asked.call
+    cloexec = bool(flags & os.O_CLOEXEC)
     with desk.telling():
+        if found.copy_ino:
+            fd = _reopen(desk, found, found.copy_ino, flags)
+            raise Answered(_give(asked, fd, cloexec=cloexec))
         desk.wait_for_copy(asked, target.ino)
         work = Break(desk.shop, target)
         try:
@@ -81,40 +81,50 @@ def _open_copy(desk: Desk, asked: Asked, found: Found, flags: int, check: Check)
                 return
             if not flags & os.O_TRUNC:
                 work.fill()
-            cloexec = bool(flags & os.O_CLOEXEC)
-            number = _reserve(desk, asked, cloexec=cloexec)
+            number = _reserve(asked, cloexec=cloexec)
+            listener.page.note_begun(call.id, work.begun)
             work.finish()
-            fd = _reopen(desk, found, work, flags)
             try:
-                listener.add_fd(call.id, fd, at=number, cloexec=cloexec)
-            finally:
-                os.close(fd)
+                fd = _reopen(desk, found, work.copy_ino, flags)
+            except Changed:
+                fd = _reopen_nameless(desk, found, work, flags)
+            _give(asked, fd, at=number, cloexec=cloexec)
         finally:
             work.close()
     raise Answered(number)
 
 
-def _reserve(desk: Desk, asked: Asked, *, cloexec: bool) -> int:
+def _reserve(asked: Asked, *, cloexec: bool) -> int:
     """A number of the caller's, which shows /dev/null for a moment."""
-    null_fd = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+    return _give(asked, os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC), cloexec=cloexec)
+
+
+def _give(asked: Asked, fd: int, *, at: int = -1, cloexec: bool) -> int:
+    """Give the caller what is behind `fd`, which is closed here; the number that it has there."""
     try:
-        return asked.listener.add_fd(asked.call.id, null_fd, cloexec=cloexec)
+        return asked.listener.add_fd(asked.call.id, fd, at=at, cloexec=cloexec)
     finally:
-        os.close(null_fd)
+        os.close(fd)
 
 
-def _reopen(desk: Desk, found: Found, work: Break, flags: int) -> int:
-    """Open the emptied file as the caller would, by the guest's own mount.
+def _reopen(desk: Desk, found: Found, copy_ino: int, flags: int) -> int:
+    """Open the copy as the caller would, by the guest's own mount. Raises Changed, OSError.
 
-    O_TRUNC stays: it sets times and takes file capabilities away as the kernel sees fit. Where the
-    guest has put something else under the name meanwhile, the file is the one that was put there.
+    O_TRUNC stays: it sets times and takes file capabilities away as the kernel sees fit.
     """
-    wanted = flags & ~_NOT_FOR_REOPENING | os.O_NOCTTY
+    place = found.place
     with desk.shop.own.given_up_for(found.status.credentials):
-        try:
-            place = found.place
-            return open_regular(desk.shop, place.folder_fd, place.name, work.copy_ino, wanted)
-        except Changed:
-            return os.open(
-                f"self/fd/{work.copy_fd}", wanted | os.O_CLOEXEC, dir_fd=desk.roots.proc_fd
-            )
+        return open_regular(desk.shop, place.folder_fd, place.name, copy_ino, _reopened(flags))
+
+
+def _reopen_nameless(desk: Desk, found: Found, work: Break, flags: int) -> int:
+    """Where the guest has put something else under the name meanwhile, the file is the one that was
+    put there.
+    """
+    path = f"self/fd/{work.copy_fd}"
+    with desk.shop.own.given_up_for(found.status.credentials):
+        return os.open(path, _reopened(flags) | os.O_CLOEXEC, dir_fd=desk.roots.proc_fd)
+
+
+def _reopened(flags: int) -> int:
+    return flags & ~_NOT_FOR_REOPENING | os.O_NOCTTY

@@ -1,10 +1,9 @@
 """Where a path of a call leads, as its caller would see it.
 
 A caller may have a root, a working directory and descriptors of its own, and names in /proc mean
-itself. There are two ways: `Roots.look` lets the kernel walk inside the caller's root, and tells at
-once whether anything is to be done; `walk` goes component by component with the caller's rights,
-and gives the folder and the name, to do something there. Neither opens a file: descriptors are
-O_PATH, so that no FIFO or device is ever touched.
+itself. `walk` goes component by component with the caller's rights, and gives the folder and the
+name, to do something there. No file is opened: descriptors are O_PATH, so that no FIFO or device is
+ever touched.
 """
 
 import errno
@@ -23,7 +22,8 @@ from vstore.record import dataclass
 _MOST_LINKS: Final = 40  # linux/namei.h, MAXSYMLINKS
 _LOOK: Final = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 _FOLDER: Final = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
-_SELF: Final = (b"self", b"thread-self")
+OWN_NAMES: Final = (b"self", b"thread-self")
+"""What every process finds in /proc, leading to itself."""
 _STICKY_FOR_ALL: Final = stat.S_ISVTX | stat.S_IWOTH
 _SYSCTLS: Final = Path("/proc/sys/fs")
 
@@ -55,41 +55,6 @@ class Roots:
             os.fchdir(self.proc_fd)
             self._is_home = True
 
-    def look(self, tid: int, directory: int, path: bytes, flags: int) -> tuple[int, int, int, int]:
-        """As kernel.look(), for a path of the thread `tid`, which counts from its descriptor
-        `directory` or its working directory; with the rights of this process. Raises OSError.
-        """
-        self._is_home = False
-        os.chroot(b"%d/root" % tid)
-        if path.startswith(b"/"):
-            return kernel.look(kernel.AT_FDCWD, path, flags)
-        if directory == kernel.AT_FDCWD:
-            return kernel.look(kernel.AT_FDCWD, b"%d/cwd/%s" % (tid, path), flags)
-        return kernel.look(kernel.AT_FDCWD, b"%d/fd/%d/%s" % (tid, directory, path), flags)
-
-    def is_surely_absent(self, tid: int, directory: int, path: bytes) -> bool:
-        """Whether a path that `look` did not find is nothing for its caller either: its folder is
-        there, and the name is not.
-
-        Names in /proc are nothing to us that are something to the caller.
-        """
-        folder, _, name = path.rstrip(b"/").rpartition(b"/")
-        if name in _SELF or b"/proc" in path:
-            return False
-        if not folder:
-            folder = b"/" if path.startswith(b"/") else b"."
-        try:
-            self.look(tid, directory, folder, 0)
-        except OSError:
-            return False
-        try:
-            self.look(tid, directory, path, kernel.AT_SYMLINK_NOFOLLOW)
-        except FileNotFoundError:
-            return True
-        except OSError:
-            return False
-        return False
-
 
 def _is_on(name: str) -> bool:
     return (_SYSCTLS / name).read_text().strip() != "0"
@@ -100,12 +65,14 @@ class Place:
     """Where a path ends: a file, and the folder and the name by which it was reached.
 
     The descriptors are O_PATH and belong to this; `folder_fd` is -1 where the path led through a
-    descriptor of a process, and `fd` is -1 where nothing has that name.
+    descriptor of a process, and `fd` is -1 where nothing has that name. `text` is the path that the
+    kernel gave for a descriptor, if the name was found by that.
     """
 
     fd: int
     folder_fd: int = -1
     name: bytes = b""
+    text: bytes = b""
 
     def close(self) -> None:
         for fd in (self.fd, self.folder_fd):
@@ -167,7 +134,7 @@ def walk_back(path: bytes) -> Place:
             next_fd = os.open(folder, _FOLDER | os.O_NOFOLLOW, dir_fd=here_fd)
             os.close(here_fd)
             here_fd = next_fd
-        place = Place(os.open(name, _LOOK, dir_fd=here_fd), here_fd, name)
+        place = Place(os.open(name, _LOOK, dir_fd=here_fd), here_fd, name, path)
         here_fd = -1
         return place
     finally:
@@ -288,7 +255,7 @@ def _check_protected(state: _Walk, fd: int) -> None:
 
 def _own_number(state: _Walk, part: bytes) -> bytes:
     """`self` and `thread-self` of /proc are the caller, not this process."""
-    if state.is_own or not (part.isdigit() or part in _SELF):
+    if state.is_own or not (part.isdigit() or part in OWN_NAMES):
         return part
     if not kernel.is_procfs(state.here_fd):
         return part
@@ -297,7 +264,7 @@ def _own_number(state: _Walk, part: bytes) -> bytes:
     ):
         if _is_caller(state, tgid):
             own = b"%d" % tgid
-            state.is_own = part in (own, *_SELF)
+            state.is_own = part in (own, *OWN_NAMES)
             return {b"self": own, b"thread-self": b"%d/task/%d" % (tgid, tid)}.get(part, part)
     return part
 

@@ -8,6 +8,7 @@ here ends in letting the call go on, and the kernel then refuses to change what 
 import errno
 import gc
 import logging
+import math
 import os
 import resource
 import select
@@ -22,19 +23,20 @@ from typing import Final, NoReturn
 from vrun import syscalls
 from vrun.control import Connection
 from vrun.cow import heir
-from vrun.cow.breaking import Break, Changed, Workshop
+from vrun.cow.breaking import Break, Changed, Held, Workshop
 from vrun.cow.desk import Answered, Asked, Deferred, Desk
 from vrun.cow.dispatch import BY_NUMBER
-from vrun.cow.notifications import Call, Gone, Listener, Page
+from vrun.cow.notifications import Call, Gone, Left, Listener, Page
 from vrun.cow.objects import Objects
 from vrun.cow.paths import Roots
+from vrun.cow.quick import LOOKS, IsPlain
 from vrun.cow.rights import Own
 from vrun.errors import ToolError
 from vrun.noimports import refuse_imports
 from vstore.keeper import Keeper
 from vstore.pool import Pool, find_file_system
 from vstore.record import dataclass
-from vstore.recovery import settle_stage
+from vstore.recovery import recover, settle_stage
 from vstore.window import Windows
 
 log = logging.getLogger(__name__)
@@ -50,6 +52,11 @@ _KEEPS_ORDER: Final = ("ext4", "btrfs")
 """File systems where a rename over another file waits for the data of the file that is renamed."""
 _MOST_COPIES: Final = 4
 _QUIET_MS: Final = 50.0
+_LOOK_AGAIN_S: Final = 0.02
+_HELD_S: Final = 10.0
+"""How long a call waits at most: leases linger for seconds after somebody has attacked a file. One
+that is open for writing all the time is not to be had: EBUSY.
+"""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -61,21 +68,27 @@ class Duty:
     listeners: Sequence[int]
     """In the order in which the guest's processes brought them; -1 for one that has ended."""
     stage_fd: int
+    stage_lock_fd: int
+    """Its flock says that the stage is in use."""
     keeper: socket.socket
     """The holder's end of its keeper."""
     control: Connection
     bequest: Keeper | None
     """The keeper of a supervisor that was killed, with the leases that it had."""
     linger_s: float
+    name: str
+    """The guest's; empty where nobody can come after its monitor."""
     heir: socket.socket | None
     """Where a new monitor asks for the listeners when the old one is gone."""
+    predecessor: socket.socket | None
+    """The supervisor whose place is taken; it waits to hear of that."""
 
     def fds(self) -> list[int]:
         """What it must keep open."""
         sockets = [self.keeper.fileno(), self.control.socket.fileno()]
         held = self.bequest.held_fds() if self.bequest else []
-        heir_fds = [self.heir.fileno()] if self.heir else []
-        return [*self.listeners, self.stage_fd, *sockets, *heir_fds, *held]
+        sockets += [one.fileno() for one in (self.heir, self.predecessor) if one]
+        return [*self.listeners, self.stage_fd, self.stage_lock_fd, *sockets, *held]
 
 
 def be_supervisor(duty: Duty) -> NoReturn:
@@ -120,11 +133,25 @@ class _Copying:
     """With the slot of the page in which each is kept."""
 
 
+@dataclass(slots=True)
+class _Waiting:
+    """A call that waits for a lease of somebody else to go."""
+
+    asked: Asked
+    slot: int
+    """Of the page, in which it is kept."""
+    due_s: float
+    """When to look again."""
+
+
 class Supervisor:
     """One process's state."""
 
     def __init__(self, duty: Duty) -> None:
-        """Puts right what a supervisor that was killed has left. Raises OSError, ToolError."""
+        """Puts right what a supervisor that was killed has left, and any other program that used
+        the pool: a shared file that is not frozen looks like the guest's own. Raises OSError,
+        ToolError.
+        """
         self._duty = duty
         self._page = duty.page
         self._control = duty.control
@@ -132,7 +159,7 @@ class Supervisor:
         pool = Pool.load(duty.pool)
         if duty.bequest is not None:
             duty.bequest.take_over(lambda leased: settle_stage(pool, duty.stage_fd, leased))
-        duty.control.send(SETTLED)
+        recover(pool)
         windows = Windows(
             duty.keeper, pool_fd=pool.fd, stage_fd=duty.stage_fd, linger_s=duty.linger_s
         )
@@ -144,6 +171,8 @@ class Supervisor:
         self._listeners: dict[int, Listener] = {}
         self._places: list[int] = []
         self._copies: dict[int, _Copying] = {}
+        self._waiting: list[_Waiting] = []
+        self._is_leaving = False
         self._is_orphan = False
         self._is_prepared = False
         self._poll = select.poll()
@@ -153,47 +182,75 @@ class Supervisor:
         gc.collect()
         gc.freeze()
         refuse_imports()
+        if duty.predecessor is not None:
+            heir.take_place(duty.predecessor)
+            heir.announce(duty.name)
+        duty.control.send(SETTLED)
 
     def serve(self) -> NoReturn:
         """Serve for good."""
-        for place, left, result in self._page.load_all():
-            self._redo(place, left, result)
+        for left in self._page.load_all():
+            self._redo(left)
         poll, listeners = self._poll.poll, self._listeners
+        wait_ms: float | None = None
+        is_calm = False  # nothing has happened that could change how long to wait
         while True:
-            events = poll(self._timeout_ms())
+            if wait_ms is not None or not is_calm:
+                wait_ms, is_calm = self._timeout_ms(), True
+            events = poll(wait_ms)
             if not (events or self._is_prepared):
                 self._prepare()
             for fd, event in events:
                 listener = listeners.get(fd)
+                if listener is not None and event & select.POLLIN:
+                    call = listener.receive()
+                    if call is not None and not self._let_pass(listener, call):
+                        is_calm = False
+                        self._serve(Asked(listener=listener, call=call))
+                    continue
+                is_calm = False
                 if listener is None:
                     self._attend(fd)
-                elif event & select.POLLIN:
-                    call = listener.receive()
-                    if call is not None:
-                        self._serve(listener, call)
                 else:
                     self._end(fd)
 
     def _prepare(self) -> None:
         """Read the names of all objects in a quiet moment: the first break would wait for that."""
         self._is_prepared = True
+        if self._duty.predecessor is not None:  # it has ended, and its stage is left
+            with suppress(OSError):
+                recover(self._shop.pool)
         self._shop.objects.load()
 
     # --- calls
 
-    def _serve(self, listener: Listener, call: Call) -> None:
+    def _let_pass(
+        self, listener: Listener, call: Call, *, _looks: dict[tuple[int, int], IsPlain] = LOOKS
+    ) -> bool:
+        """Let a call go on that concerns nothing frozen; False: it is to be served."""
+        try:
+            is_plain = _looks.get((call[4], call[3]))  # architecture and number
+            if is_plain is not None and not is_plain(self._shop.roots, call):
+                return False
+        except OSError:
+            return False  # the caller is gone, most likely
+        listener.go_on(call[0])
+        return True
+
+    def _serve(self, asked: Asked) -> None:
+        listener, call = asked.listener, asked.call
         serve = BY_NUMBER.get(call.arch, {}).get(call.number)
         if serve is None:
             listener.go_on(call.id)
             return
-        asked = Asked(listener=listener, call=call)
         try:
             serve(self._desk, asked)
         except Answered as answer:
-            self._page.note_result(call.id, answer.value, answer.error)
-            listener.answer(call.id, answer.value, answer.error)
+            self._answer(asked, answer.value, answer.error)
         except (Deferred, Gone):
             pass
+        except Held:
+            self._hold(asked)
         except OSError:
             listener.go_on(call.id)
         except Exception as error:  # noqa: BLE001 (one call must not end the service of all)
@@ -202,18 +259,46 @@ class Supervisor:
         else:
             listener.go_on(call.id)
 
-    def _redo(self, place: int, call: Call, result: tuple[int, int] | None) -> None:
+    def _answer(self, asked: Asked, value: int, error: int) -> None:
+        self._page.note_result(asked.call.id, value, error)
+        asked.listener.answer(asked.call.id, value, error)
+
+    def _redo(self, left: Left) -> None:
         """Answer a call that was in work when the last supervisor was killed."""
-        fd = self._places[place] if place < len(self._places) else -1
+        fd = self._places[left.place] if left.place < len(self._places) else -1
         listener = self._listeners.get(fd)
-        if listener is None:
-            return
-        with suppress(Gone):
-            listener.check(call.id)
-            if result is not None:
-                listener.answer(call.id, *result)
-            else:
-                self._serve(listener, call)
+        if listener is not None:
+            with suppress(Gone):
+                listener.check(left.call.id)
+                if left.result is not None:
+                    listener.answer(left.call.id, *left.result)
+                else:
+                    self._serve(Asked(listener=listener, call=left.call, begun=left.begun))
+        self._page.forget(left.slot)
+
+    # --- calls that wait for a lease to go
+
+    def _hold(self, asked: Asked) -> None:
+        """Serve the call again a moment later, unless it has waited too long."""
+        now = time.monotonic()
+        if not asked.held_until_s:
+            asked.held_until_s = now + _HELD_S
+        slot = 0
+        if now < asked.held_until_s and not self._is_leaving:
+            slot = self._page.keep(asked.call, asked.listener.place)
+        if slot:
+            self._waiting.append(_Waiting(asked, slot, now + _LOOK_AGAIN_S))
+        else:
+            self._answer(asked, 0, errno.EBUSY)
+
+    def _look_again(self, now: float) -> None:
+        """Serve those calls whose turn it is."""
+        due = [waiting for waiting in self._waiting if waiting.due_s <= now]
+        self._waiting = [waiting for waiting in self._waiting if waiting.due_s > now]
+        for waiting in due:
+            if waiting.asked.listener.is_open:
+                self._serve(waiting.asked)
+            self._page.forget(waiting.slot)
 
     # --- copies that take long
 
@@ -224,9 +309,10 @@ class Supervisor:
         slot = self._page.keep(asked.call, asked.listener.place)
         if not slot:
             return False
+        parent = os.getpid()
         pid = os.fork()
         if pid == 0:
-            _fill_and_end(work)
+            _fill_and_end(work, parent)
         pidfd = os.pidfd_open(pid)
         self._copies[pidfd] = _Copying(pid, work, ino, [(asked, slot)])
         self._desk.in_work.add(ino)
@@ -248,22 +334,26 @@ class Supervisor:
         self._desk.in_work.discard(copying.ino)
         code = os.waitstatus_to_exitcode(os.waitpid(copying.pid, 0)[1])
         error = code if code >= 0 else errno.EIO
+        begun = None
         try:
             if not error:
                 with self._desk.telling():
+                    begun = copying.work.begun
                     copying.work.finish()
         except Answered as answer:
             error = answer.error
-        except Changed:
-            pass
+        except (Changed, Held):
+            begun = None
         finally:
             copying.work.close()
+        copying.waiting[0][0].begun = begun  # whose copy it is
         for asked, slot in copying.waiting:
+            if asked.listener.is_open:
+                if error:
+                    self._answer(asked, 0, error)
+                else:
+                    self._serve(asked)
             self._page.forget(slot)
-            if error:
-                asked.listener.answer(asked.call.id, 0, error)
-            else:
-                self._serve(asked.listener, asked.call)
 
     # --- all else
 
@@ -271,14 +361,18 @@ class Supervisor:
         if self._shop.windows.attacks:
             self._tell_attacks()
         due_s = self._shop.windows.next_due
-        if due_s is None:
+        if due_s is None and not self._waiting:
             return None if self._is_prepared else _QUIET_MS
-        left_s = due_s - time.monotonic()
-        if left_s > 0:
-            return left_s * 1000
-        self._shop.roots.go_home()
-        left = self._shop.windows.idle()
-        return None if left is None else left * 1000
+        now = time.monotonic()
+        if due_s is not None and due_s <= now:
+            self._shop.roots.go_home()
+            self._shop.windows.idle()
+        if self._waiting:
+            self._look_again(now)
+        due = [waiting.due_s for waiting in self._waiting]
+        if self._shop.windows.next_due is not None:
+            due.append(self._shop.windows.next_due)
+        return max(0.0, min(due) - time.monotonic()) * 1000 if due else None
 
     def _tell_attacks(self) -> None:
         for attack in self._shop.windows.attacks:
@@ -324,15 +418,24 @@ class Supervisor:
 
     def _hand_over(self, asked_by: socket.socket) -> None:
         """A new monitor is there: it gets the listeners, and has them served from now on."""
+        self._is_leaving = True
         while self._copies:
             pidfds = select.poll()
             for pidfd in self._copies:
                 pidfds.register(pidfd, select.POLLIN)
             self._copied(pidfds.poll()[0][0])
-        heir.bequeath(asked_by, list(self._listeners))
+        self._look_again(math.inf)
         self._shop.roots.go_home()
-        self._shop.windows.close()
-        os._exit(0)
+        self._shop.windows.let_all_go()
+        try:
+            is_taken = heir.bequeath(asked_by, list(self._listeners))
+        except OSError:
+            is_taken = False
+        if is_taken:
+            self._shop.windows.close()
+            os._exit(0)
+        asked_by.close()  # they have died over it: all goes on as before
+        self._is_leaving = False
 
     def _end_if_alone(self) -> None:
         """Nobody is left to be served, and nobody will bring more."""
@@ -342,12 +445,13 @@ class Supervisor:
             os._exit(0)
 
 
-def _fill_and_end(work: Break) -> NoReturn:
+def _fill_and_end(work: Break, parent: int) -> NoReturn:
     code = errno.EIO
     try:
         syscalls.set_parent_death_signal(signal.SIGKILL)
-        work.fill()
-        code = 0
+        if os.getppid() == parent:  # else nobody waits, but for our end: we have copies of all fds
+            work.fill()
+            code = 0
     except OSError as error:
         code = error.errno or errno.EIO
     finally:

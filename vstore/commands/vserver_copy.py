@@ -3,18 +3,21 @@
 import json
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import click
 
 from vstore import cli
-from vstore.copy.copying import Order, Place, Report, copy_guest, parse_place
+from vstore.copy.access import Access, Session
 from vstore.copy.messages import Request
-from vstore.copy.peer import PROGRAM, serve
+from vstore.copy.order import Order, Place, Report, check, parse_place
 from vstore.errors import EXIT_PARTIAL, ToolError, WrongUsage
 from vstore.progress import SILENT
 from vstore.render import ProgressBar, show_name, show_size, show_table, show_text
+
+PROGRAM: Final = "vserver-copy"
 
 _RATE = re.compile(r"([0-9]+(?:\.[0-9]+)?)([kKmMgG]?)(?:i?[bB])?(/s)?")
 _FACTORS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
@@ -117,22 +120,32 @@ def command(
         raise WrongUsage("SOURCE and TARGET are needed", hint="see: vserver-copy --help")
     order = _make_order(source, target, quiet=quiet, **options)
     try:
-        if quiet or as_json:
-            report = copy_guest(order, SILENT)
-        else:
-            with ProgressBar() as bar:
-                report = copy_guest(order, bar)
+        report = _copy(order, shows_progress=not quiet and not as_json)
     except ToolError as error:
         for line in getattr(error, "lines", ()):
             click.echo(f"    {show_text(line)}", err=True)
         raise
+    finally:
+        if order.session is not None:
+            order.session.close()
     _say(order, report, as_json=as_json, quiet=quiet)
     result = report.result
     return EXIT_PARTIAL if result.error_count or result.torn else 0
 
 
+def _copy(order: Order, *, shows_progress: bool) -> Report:
+    from vstore.copy.copying import copy_guest  # 40 ms in which the other machine is called
+
+    if not shows_progress:
+        return copy_guest(order, SILENT)
+    with ProgressBar() as bar:
+        return copy_guest(order, bar)
+
+
 def _serve() -> int:
     """The protocol has stdout for itself; whatever else writes there goes to stderr."""
+    from vstore.copy.peer import serve
+
     read_fd, write_fd = os.dup(0), os.dup(1)
     nowhere = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nowhere, 0)
@@ -161,10 +174,9 @@ def _make_order(source: str, target: str, *, quiet: bool, **options: Any) -> Ord
         addresses=[*options["ips"], *options["interfaces"]],
         context=options["context"],
     )
-    access = None
+    order = Order(origin, copy, request, stop=options["stop"], start=options["start"])
+    check(order)
     if origin.host or copy.host:
-        from vstore.copy.session import Access  # 150 ms that a local copy need not wait
-
         place = origin if origin.host else copy
         access = Access(
             place.host,
@@ -176,15 +188,9 @@ def _make_order(source: str, target: str, *, quiet: bool, **options: Any) -> Ord
             options["accept_new"],
             may_ask=not quiet,
         )
-    return Order(
-        origin,
-        copy,
-        request,
-        stop=options["stop"],
-        start=options["start"],
-        access=access,
-        remote_command=f"{options['remote_command']} --serve",
-    )
+        command = f"{options['remote_command']} --serve"
+        order = replace(order, session=Session(access, command))
+    return order
 
 
 def _say(order: Order, report: Report, *, as_json: bool, quiet: bool) -> None:

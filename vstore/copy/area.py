@@ -67,10 +67,13 @@ class Area:
         folder = self.arrived_fd
         os.rename(f"part-{row}", digest.hex(), src_dir_fd=folder, dst_dir_fd=folder)
 
-    def keep_content(self, content: bytes, digest: bytes) -> None:
-        """As `keep_part`, of a content that is at hand. Raises OSError."""
+    def keep_content(self, content: bytes, digest: bytes, mode: int) -> None:
+        """As `keep_part`, of a content that is at hand; `mode` (rwx alone) saves a change of it.
+
+        Raises OSError.
+        """
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
-        fd = os.open(digest.hex(), flags, 0o600, dir_fd=self.arrived_fd)
+        fd = os.open(digest.hex(), flags, mode, dir_fd=self.arrived_fd)
         try:
             done = 0
             while done < len(content):

@@ -62,7 +62,7 @@ class Chooser:
         self._base_fd = base_fd
         self._base = base
         self._objects_fd = -1 if pool is None else pool.objects_fd
-        self._shelf = Shelf(pool, by_digest=True)
+        self._shelf = Shelf(pool)
         self.deltas: dict[int, bytes] = {}  # row -> folder of the version that it is made from
 
     def close(self) -> None:
@@ -77,7 +77,11 @@ class Chooser:
         self._shelf.forget(digest)
 
     def has_arrived(self, row: Row) -> bool:
-        return self._area is not None and self._area.has_arrived(row.digest)
+        """Whether the content has come already, in this run or in one that was cut off."""
+        if self._area is None:
+            return False
+        may_be = bool(self._area.leftovers) or self._shelf.was_asked(row.digest)
+        return may_be and self._area.has_arrived(row.digest)
 
     def is_proven(self, name: str, nonce: bytes, proof: bytes) -> bool:
         """Whether who gave this proof has the content of that object. Raises OSError."""
@@ -89,23 +93,20 @@ class Chooser:
 
     def find_object(self, row: Row, pinned: list[int]) -> str:
         """An object of this content that is there now, at best the very one; "" for none."""
-        same = self._shelf.list_same(row.digest)
-        if not same:
-            return ""
-        stem = row.identity().name(0)[3:].removesuffix("0")
-        for name, is_ours in sorted(same, key=lambda item: not item[0].startswith(stem)):
-            if self._is_there(name, pinned, is_ours=is_ours):
+        for name in self._shelf.list_same(row.digest, row.identity().name(0)[3:]):
+            if self._is_there(name, pinned):
                 return name
         return ""
 
-    def _is_there(self, name: str, pinned: list[int], *, is_ours: bool) -> bool:
-        """Whether the object is there, and stays; `is_ours`: the worker makes it, or has."""
+    def _is_there(self, name: str, pinned: list[int]) -> bool:
+        """Whether the object is there, and stays; one of ours the worker makes, or has."""
         try:
             found = os.stat(f"{name[:2]}/{name}", dir_fd=self._objects_fd, follow_symlinks=False)
         except FileNotFoundError:
-            if not is_ours:
-                self._shelf.drop(name)
-            return is_ours
+            if self._shelf.is_ours(name):
+                return True
+            self._shelf.drop(name)
+            return False
         pinned.append(found.st_ino)
         return True
 
@@ -116,8 +117,7 @@ class Chooser:
             return (placer.OWN, spot, origin, wish.meta, wish.is_group)
         identity = row.identity()
         name = identity.name(self._shelf.take_turn(identity))[3:]
-        known = dict(self._shelf.list_same(row.digest))
-        if name in known and self._is_there(name, pinned, is_ours=known[name]):
+        if self._shelf.knows(name) and self._is_there(name, pinned):
             return (placer.LINK, spot, name)
         self._shelf.add(name)
         return (placer.NEW, spot, origin, name, wish.meta)

@@ -1,90 +1,39 @@
 """A copy from the side of the person who asked for it: one pass, or two around a stop."""
 
 import logging
-import re
 import time
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from contextlib import AbstractContextManager, ExitStack
+from typing import Final
 
 import msgspec
 
-from vstore.copy.messages import Dialogue, Done, Request, Result, Source
+from vstore.copy.messages import Dialogue, Done, Hostile, Request, Source
+from vstore.copy.order import Order, Report
 from vstore.copy.peer import local_peer, remote_peer, run_vserver, set_up
 from vstore.copy.receiving import receive_guest
-from vstore.copy.sending import send_guest
-from vstore.errors import ToolError, WrongUsage
-from vstore.guest import parse_name
+from vstore.copy.sending import Outgoing, is_free
+from vstore.errors import ToolError
 from vstore.progress import Progress
-
-if TYPE_CHECKING:
-    from vstore.copy.session import Access
 
 log = logging.getLogger(__name__)
 
-_PLACE: Final = re.compile(r"(?:(?P<host>\[[^\]]+\]|[^:]+):)?(?P<name>[^:]*)")
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """A guest, here (`host` is empty) or on another machine."""
-
-    host: str
-    user: str
-    name: str
-
-    @property
-    def shown(self) -> str:
-        if not self.host:
-            return self.name
-        return f"{self.user}@{self.host}:{self.name}" if self.user else f"{self.host}:{self.name}"
-
-
-def parse_place(text: str) -> Place:
-    """What `[[user@]host:]NAME` means. Raises WrongUsage."""
-    found = _PLACE.fullmatch(text)
-    if found is None:
-        raise WrongUsage(f"{text!r} is neither a guest nor [user@]host:GUEST")
-    user, _, host = (found["host"] or "").rpartition("@")
-    return Place(host.strip("[]"), user, found["name"])
-
-
-@dataclass(frozen=True, slots=True)
-class Order:
-    """What is to be copied, and how."""
-
-    source: Place
-    target: Place
-    request: Request
-    stop: bool = False
-    start: bool = False
-    access: "Access | None" = None
-    remote_command: str = ""
-
-
-@dataclass(slots=True)
-class Report:
-    """What came of it. Bytes as they went over the wire, `result` of the last pass."""
-
-    bytes_sent: int = 0
-    bytes_received: int = 0
-    files_sent: int = 0
-    bytes_lacking: int = 0
-    seconds: float = 0.0
-    downtime_s: float | None = None
-    passes: int = 0
-    result: Result = field(default_factory=Result)
-    warnings: list[str] = field(default_factory=list)
+_WAIT_S: Final = 30.0
+_POLL_S: Final = 0.05
 
 
 def copy_guest(order: Order, progress: Progress) -> Report:
     """Carry the order out. Raises what goes wrong; the target is whole then, old or new."""
-    _check(order)
     began = time.monotonic()
     report = Report()
-    with _open_peer(order) as dialogue:
+    with ExitStack() as stack:
+        ready = None
+        is_sent = order.session is not None and not order.source.host
+        if is_sent and is_free(order.source.name):  # who has to wait calls the other side first
+            ready = stack.enter_context(Outgoing(order.request))
+            ready.list_ahead()
+        dialogue = stack.enter_context(_open_peer(order))
         run = _Run(order, dialogue, progress, report)
-        run.run()
+        run.run(ready)
         dialogue.send(Request("end"))
         dialogue.channel.flush()
         report.bytes_sent = dialogue.channel.bytes_sent
@@ -93,24 +42,8 @@ def copy_guest(order: Order, progress: Progress) -> Report:
     return report
 
 
-def _check(order: Order) -> None:
-    source, target = order.source, order.target
-    if source.host and target.host:
-        raise WrongUsage(
-            "both sides are on other machines", hint="run vserver-copy on one of the two"
-        )
-    for name in (source.name, target.name):
-        parse_name(name)
-    if not source.host and not target.host and source.name == target.name:
-        raise WrongUsage(f"{source.name}: would be copied onto itself", hint="name another target")
-    if order.request.dry_run and (order.stop or order.start):
-        raise WrongUsage("--dry-run changes nothing, so it neither stops nor starts a guest")
-
-
 def _open_peer(order: Order) -> AbstractContextManager[Dialogue]:
-    if order.access is None:
-        return local_peer()
-    return remote_peer(order.access, order.remote_command)
+    return local_peer() if order.session is None else remote_peer(order.session)
 
 
 class _Run:
@@ -124,15 +57,16 @@ class _Run:
         self._progress = progress
         self._report = report
 
-    def run(self) -> None:
+    def run(self, ready: Outgoing | None) -> None:
+        """All passes; `ready` is the guest of the first one, where it is sent from here."""
         order = self._order
-        source = self._pass(order.request)
+        source = self._pass(order.request, ready)
         if order.stop and source.is_running:
             self._stop_and_pass()
         elif order.start:
             self._start()
 
-    def _pass(self, request: Request) -> Source:
+    def _pass(self, request: Request, ready: Outgoing | None = None) -> Source:
         """One pass, in whichever direction."""
         order = self._order
         set_up(self._dialogue.channel, request)
@@ -143,7 +77,10 @@ class _Run:
         else:
             request.task = "receive"
             self._dialogue.send(request)
-            source, result = send_guest(self._dialogue, request, self._progress)
+            if ready is None:
+                self._await_source(order.source.name)
+            with ready or Outgoing(request) as outgoing:
+                source, result = outgoing.send(self._dialogue, self._progress)
         report = self._report
         report.result = result
         report.files_sent += result.files_sent
@@ -151,6 +88,14 @@ class _Run:
         report.warnings += result.warnings
         report.passes += 1
         return source
+
+    def _await_source(self, name: str) -> None:
+        """Wait a little for who holds the source; the other side's refusal comes at once."""
+        deadline = time.monotonic() + _WAIT_S
+        while not is_free(name) and time.monotonic() < deadline:
+            if self._dialogue.poll() is not None:
+                raise Hostile("an answer to what was not said yet")
+            time.sleep(_POLL_S)
 
     def _stop_and_pass(self) -> None:
         """The second pass: only what has changed since, while the guest stands still."""

@@ -1,16 +1,18 @@
 """Contents on their way in: each is held against its row's digest before anything is made of it."""
 
 import os
+from typing import Final
 
 from blake3 import blake3
 
 from vstore import extents
-from vstore.copy import blocks
 from vstore.copy.area import Area
 from vstore.copy.choice import Chooser
 from vstore.copy.manifest import Row
 from vstore.copy.messages import Hostile, Piece
 from vstore.digest import digest_content
+
+_BUFFER: Final = 1 << 20
 
 
 class Incoming:
@@ -20,17 +22,21 @@ class Incoming:
         self._area = area
         self._chooser = chooser
         self._part: tuple[int, int] | None = None  # row, descriptor of what is arriving
+        self._follower: _Follower | None = None
 
     def close(self) -> None:
         if self._part is not None:
             os.close(self._part[1])
             self._part = None
+        if self._follower is not None:
+            self._follower.close()
+            self._follower = None
 
     def keep(self, row: Row, content: bytes) -> bool:
         """Keep a whole content; False where it is not the row's. Raises OSError."""
         if len(content) != row.size or blake3(content).digest() != row.digest:
             return False
-        self._area.keep_content(content, row.digest)
+        self._area.keep_content(content, row.digest, row.mode & 0o777)
         return True
 
     def take(self, piece: Piece, path: bytes, row: Row) -> bool | None:
@@ -44,6 +50,8 @@ class Incoming:
         done = 0
         while done < len(piece.data):
             done += os.pwrite(self._part[1], piece.data[done:], piece.at + done)
+        if self._follower is not None:
+            self._follower.take(piece.at, piece.data)
         return self._end(row) if piece.last else None
 
     def drop(self, number: int) -> None:
@@ -55,13 +63,13 @@ class Incoming:
 
     def _begin(self, number: int, path: bytes, row: Row) -> int:
         fd = self._area.open_part(number)
+        base_fd = -1
         try:
             if number in self._chooser.deltas:
                 base_fd = self._chooser.open_in_base(path, row.name)
-                try:
-                    extents.copy_data(base_fd, fd, size=os.fstat(base_fd).st_size)
-                finally:
-                    os.close(base_fd)
+            self._follower = _Follower(fd, row.size, base_fd)
+            if base_fd >= 0:
+                extents.copy_data(base_fd, fd, size=os.fstat(base_fd).st_size)
             os.ftruncate(fd, row.size)
         except OSError:
             os.close(fd)
@@ -70,7 +78,8 @@ class Incoming:
 
     def _end(self, row: Row) -> bool:
         number, fd = self._part or (-1, -1)
-        is_good = _digest(fd) == row.digest
+        found = self._follower.end() if self._follower is not None else b""
+        is_good = (found or digest_content(fd, os.fstat(fd))) == row.digest
         self.close()
         self._chooser.deltas.pop(number, None)
         if is_good:
@@ -80,10 +89,67 @@ class Incoming:
         return is_good
 
 
-def _digest(fd: int) -> bytes:
-    """BLAKE3 of the file behind `fd`; of a large one without holes by all cores."""
-    status = os.fstat(fd)
-    if status.st_blocks * 512 >= status.st_size > blocks.LARGE:
-        hasher = blake3(max_threads=blake3.AUTO)
-        return hasher.update_mmap(f"/proc/self/fd/{fd}").digest()
-    return digest_content(fd, status)
+class _Follower:
+    """Digests a file while its pieces arrive, so that little is left to be read at the end.
+
+    That goes where they come in their order, and the gaps between them are no holes. What the gaps
+    have was copied from the base just now, and is read from there: a copy that shares its blocks
+    with the base would come from the disk once more.
+    """
+
+    def __init__(self, fd: int, size: int, base_fd: int) -> None:
+        self._fd = fd
+        self._size = size
+        self._base_fd = base_fd
+        self._base = os.fstat(base_fd) if base_fd >= 0 else None
+        self._done = 0
+        self._hasher: blake3 | None = blake3()
+
+    def close(self) -> None:
+        if self._base_fd >= 0:
+            os.close(self._base_fd)
+            self._base_fd = -1
+
+    def take(self, at: int, data: bytes) -> None:
+        """A piece that is in the file now."""
+        if at < self._done or not self._read_to(at):
+            self._hasher = None
+        elif self._hasher is not None:
+            self._hasher.update(data)
+            self._done = at + len(data)
+
+    def end(self) -> bytes:
+        """BLAKE3 of the whole file; b"" where it has to be read for that."""
+        if not self._read_to(self._size) or self._hasher is None:
+            return b""
+        if self._base is not None and not _is_as_before(self._base_fd, self._base):
+            return b""
+        return self._hasher.digest()
+
+    def _read_to(self, end: int) -> bool:
+        """Digest what is in the file already, up to there; False where that cannot be."""
+        if end == self._done:
+            return True
+        status = self._base or os.fstat(self._fd)
+        if self._hasher is None or status.st_blocks * 512 < status.st_size:
+            return False
+        buffer = memoryview(bytearray(_BUFFER))
+        while self._done < end:
+            fd, most = self._fd, end
+            if self._base is not None and self._done < self._base.st_size:
+                fd, most = self._base_fd, min(end, self._base.st_size)
+            got = os.preadv(fd, [buffer[: min(_BUFFER, most - self._done)]], self._done)
+            if not got:
+                return False
+            self._hasher.update(buffer[:got])
+            self._done += got
+        return True
+
+
+def _is_as_before(fd: int, before: os.stat_result) -> bool:
+    now = os.fstat(fd)
+    return (now.st_size, now.st_mtime_ns, now.st_ctime_ns) == (
+        before.st_size,
+        before.st_mtime_ns,
+        before.st_ctime_ns,
+    )

@@ -8,10 +8,9 @@ listed as it was; whoever sends it looks again.
 
 import errno
 import os
-import sqlite3
 import stat
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final
@@ -20,18 +19,20 @@ from blake3 import blake3
 
 from vstore import index, inode, lease
 from vstore.copy import blocks
-from vstore.copy.manifest import Part, Row, can_be_object, pack_parts
+from vstore.copy.known import Contents, Digests, Key
+from vstore.copy.manifest import Part, Row, can_be_object, digest_of_xattrs, pack_parts
 from vstore.copy.messages import ROWS_A_BATCH
-from vstore.copy.shelf import Shelf
+from vstore.copy.shelf import Inodes
 from vstore.digest import digest_content
 from vstore.exclude import Excludes
 from vstore.folders import Folder, Missed, join, walk_folders
-from vstore.pool import Identity, Pool, digest_xattrs
+from vstore.pool import Identity, Pool
 from vstore.scan import open_below
 
 _MIN_SIZE: Final = 16  # bytes, as vunify
 _BODY_LIMIT: Final = 3 << 20  # bytes of a batch
-_DIGESTS_AT_ONCE: Final = 1000
+SMALL: Final = 512 << 10
+"""Files (bytes) that are read, and sent, in one piece."""
 _BLOCKS_KEPT: Final = 8  # files, of 2 MiB at most each
 _UNREADABLE: Final = "cannot be read"
 _VANISHED: Final = frozenset((errno.ENOENT, errno.ENOTDIR, errno.ELOOP))
@@ -39,8 +40,9 @@ _NO_XATTRS: Final = frozenset((errno.EOPNOTSUPP, errno.ENOTSUP))
 
 Path = bytes
 """Below a guest's root."""
-Key = tuple[int, int, int, int]
-"""Inode number, size, mtime and ctime (ns) of a file when it was listed."""
+
+
+Xattrs = Sequence[tuple[bytes, bytes]]
 
 
 @dataclass(slots=True)
@@ -93,6 +95,7 @@ class Listing:
         rewritten: Mapping[bytes, bytes],
         is_still: bool,
         keeps_blocks: bool = False,
+        keeps_contents: bool = False,
     ) -> None:
         self.found = Found()
         self.digest = blake3()
@@ -106,20 +109,17 @@ class Listing:
         device = os.fstat(root_fd).st_dev
         self._pool_ino = os.fstat(pool.fd).st_ino if pool else 0
         has_objects = pool is not None and pool.device == device
-        self._shelf = Shelf(pool if has_objects else None, by_digest=False)
-        self._database = sqlite3.connect("", isolation_level=None)
-        index.load_index(self._database, pool if has_objects else None)
-        self._volume = index.volume_of(root_fd)
-        self._fresh: list[index.DigestRow] = []
+        self._objects = Inodes(pool if has_objects else None)
+        self._digests = Digests(pool if has_objects else None, root_fd)
+        self._contents = Contents() if keeps_contents else None
         self._groups: dict[int, tuple[int, int]] = {}  # inode -> its first row, names to come
         self._batch = Listed(0, 0)
         lease.ignore_break_signals()
 
     def close(self) -> None:
         """Keep the new digests for the next run."""
-        self._store_digests()
-        self._database.close()
-        self._shelf.close()
+        self._digests.close()
+        self._objects.close()
 
     # --- batches
 
@@ -134,7 +134,7 @@ class Listing:
         self.found.errors += missed.errors
         if self._batch.keys:
             yield self._end_batch()
-        self._store_digests()
+        self._digests.store()
 
     def again(self, path: bytes) -> Iterator[Listed]:
         """A batch with the one file at `path` as it is now; nothing where it is gone."""
@@ -146,6 +146,7 @@ class Listing:
         try:
             status = os.stat(name, dir_fd=fd, follow_symlinks=False)
             if stat.S_ISREG(status.st_mode):
+                self._digests.load([status.st_ino])
                 row, key = self._list_file(fd, path, name, status)
                 yield from self._add_row(folder, row, key, is_shared=False)
                 yield self._end_batch()
@@ -199,9 +200,12 @@ class Listing:
         rules: Excludes | _All = self._rules.below(b"/" + folder.path)
         if folder.path and self._rules and self._is_below_excluded(folder.path):
             rules = _ALL
-        for entry in folder.entries:
-            if not entry.is_dir(follow_symlinks=False):
-                yield from self._list_entry(folder, entry, rules)
+        entries = [entry for entry in folder.entries if not entry.is_dir(follow_symlinks=False)]
+        objects = [self._objects.find(entry.inode()) for entry in entries]
+        pairs = list(zip(entries, objects, strict=True))
+        self._digests.load([entry.inode() for entry, identity in pairs if identity is None])
+        for entry, identity in pairs:
+            yield from self._list_entry(folder, entry, identity, rules)
 
     def _is_below_excluded(self, path: bytes) -> bool:
         """Whether a folder on the way to `path`, or it itself, is excluded with all it holds."""
@@ -213,11 +217,14 @@ class Listing:
         return False
 
     def _list_entry(
-        self, folder: Folder, entry: "os.DirEntry[str]", rules: "Excludes | _All"
+        self,
+        folder: Folder,
+        entry: "os.DirEntry[str]",
+        identity: Identity | None,
+        rules: "Excludes | _All",
     ) -> Iterator[Listed]:
         name = os.fsencode(entry.name)
         path = join(folder.path, name)
-        identity = self._shelf.find_inode(entry.inode())
         try:
             if identity is not None:
                 row = self._row_of_object(folder.fd, name, identity)
@@ -280,6 +287,11 @@ class Listing:
     def _list_file(
         self, folder_fd: int, path: bytes, name: bytes, status: os.stat_result
     ) -> tuple[Row, Key]:
+        known = self._digests.find(_key_of(status))
+        if known and not known.xattrs and path not in self._rewritten:
+            row = _row_of(name, status, {})
+            row.digest = known.content
+            return row, _key_of(status)
         fd = os.open(name, inode.OPEN_TO_READ, dir_fd=folder_fd)
         try:
             status = os.fstat(fd)
@@ -290,16 +302,22 @@ class Listing:
                 content = self._rewritten[path]
                 row.size, row.digest = len(content), blake3(content).digest()
             else:
-                row.digest = self._digest(fd, status)
+                row.digest = self._digest(fd, status, row.xattrs)
         finally:
             os.close(fd)
         return row, _key_of(status)
 
-    def _digest(self, fd: int, status: os.stat_result) -> bytes:
+    def _digest(self, fd: int, status: os.stat_result, xattrs: Xattrs) -> bytes:
         key = _key_of(status)
-        known = self._known_digest(key)
+        known = self._digests.find(key)
         if known:
-            return known
+            return known.content
+        digest = self._digest_anew(fd, status, key, xattrs)
+        if self._is_still:
+            self._digests.see(key, digest)
+        return digest
+
+    def _digest_anew(self, fd: int, status: os.stat_result, key: Key, xattrs: Xattrs) -> bytes:
         if not self._is_still:
             return self._read(fd, status)
         is_settled = status.st_ctime_ns + index.SETTLED_NS < time.time_ns()
@@ -307,7 +325,7 @@ class Listing:
         try:
             digest = self._read(fd, status)
             if is_leased and lease.is_unbroken(fd) and _key_of(os.fstat(fd)) == key:
-                self._keep(key, digest, fd)
+                self._digests.keep(key, digest, digest_of_xattrs(xattrs))
         finally:
             if is_leased:
                 with suppress(OSError):
@@ -316,12 +334,22 @@ class Listing:
 
     def _read(self, fd: int, status: os.stat_result) -> bytes:
         """The digest of the content; of a large file those of its blocks are kept on the way."""
-        is_dense = status.st_blocks * 512 >= status.st_size > blocks.LARGE
-        if not self._keeps_blocks or not is_dense or len(self.blocks) >= _BLOCKS_KEPT:
+        is_dense = status.st_blocks * 512 >= status.st_size
+        if is_dense and status.st_size <= SMALL and self._contents is not None:
+            content = os.pread(fd, status.st_size, 0)
+            if _key_of(os.fstat(fd)) == _key_of(status):
+                self._contents.keep(_key_of(status), content)
+            return blake3(content).digest()
+        is_large = is_dense and status.st_size > blocks.LARGE
+        if not self._keeps_blocks or not is_large or len(self.blocks) >= _BLOCKS_KEPT:
             return digest_content(fd, status)
         block = blocks.choose_block(status.st_size)
         digest, self.blocks[_key_of(status)] = blocks.digest_both(fd, status.st_size, block)
         return digest
+
+    def take_content(self, key: Key | None) -> bytes | None:
+        """What the file with this key had in it when it was listed, if that is still known."""
+        return self._contents.take(key) if self._contents is not None else None
 
     def known_blocks(self, fd: int) -> bytes:
         """The digests of the blocks of the file behind `fd`, of the size that is chosen for it;
@@ -329,29 +357,14 @@ class Listing:
         """
         return self.blocks.get(_key_of(os.fstat(fd)), b"")
 
-    def _known_digest(self, key: Key) -> bytes:
-        found = self._database.execute(
-            "SELECT size, mtime, ctime, digest FROM idx.digests WHERE volume = ? AND ino = ?",
-            (self._volume, index.signed(key[0])),
-        ).fetchone()
-        return bytes(found[3]) if found and tuple(found[:3]) == key[1:] else b""
-
     def digest_of(self, fd: int) -> bytes:
-        """The digest of the file behind `fd`, from the index where that knows it."""
-        return self._digest(fd, os.fstat(fd))
-
-    def _keep(self, key: Key, digest: bytes, fd: int) -> None:
-        ino, size, mtime, ctime = key
-        if -(1 << 63) <= mtime < 1 << 63:
-            row = (self._volume, index.signed(ino), size, mtime, ctime, digest, digest_xattrs(fd))
-            self._fresh.append(row)
-        if len(self._fresh) >= _DIGESTS_AT_ONCE:
-            self._store_digests()
-
-    def _store_digests(self) -> None:
-        if self._fresh:
-            index.store_digests(self._database, self._fresh)
-            self._fresh = []
+        """The digest of the file behind `fd`, which is not read again if nothing has touched it."""
+        status = os.fstat(fd)
+        seen = self._digests.find_seen(_key_of(status))
+        if seen:
+            return seen
+        self._digests.load([status.st_ino])
+        return self._digest(fd, status, list(inode.load_xattrs(fd).items()))
 
     def _count(self, row: Row) -> None:
         if stat.S_ISREG(row.mode):

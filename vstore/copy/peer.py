@@ -11,23 +11,20 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from vstore import __version__
+from vstore.copy.access import Session
 from vstore.copy.messages import Dialogue, Done, Hostile, Request, greet
 from vstore.copy.receiving import receive_guest
-from vstore.copy.sending import send_guest
+from vstore.copy.sending import Outgoing
 from vstore.copy.wire import Channel, ConnectionLost
 from vstore.errors import NoSpace, ToolError
 from vstore.guest import parse_name
 from vstore.progress import SILENT
 
-if TYPE_CHECKING:
-    from vstore.copy.session import Access
-
 log = logging.getLogger(__name__)
 
-PROGRAM: Final = "vserver-copy"
 _SAID_AT_MOST: Final = 2000
 _NO_ROOM: Final = frozenset((28, 122))  # ENOSPC, EDQUOT
 
@@ -60,7 +57,8 @@ def _answer(dialogue: Dialogue, request: Request) -> None:
     if request.task == "receive":
         receive_guest(dialogue, request, SILENT)
     elif request.task == "send":
-        send_guest(dialogue, request, SILENT)
+        with Outgoing(request) as outgoing:
+            outgoing.send(dialogue, SILENT)
     elif request.task in ("start", "stop"):
         dialogue.send(run_vserver(request.target, request.task))
     else:
@@ -132,20 +130,18 @@ def local_peer() -> Iterator[Dialogue]:
 
 
 @contextmanager
-def remote_peer(access: "Access", command: str) -> Iterator[Dialogue]:
-    """The program on another machine, over ssh. Raises what `session.connect` raises."""
-    from vstore.copy import session  # 150 ms that only this needs
-
-    found = session.connect(access, command)
-    fd = os.dup(found.end.fileno())
-    channel = Channel(fd, fd, peer=access.shown)
+def remote_peer(session: Session) -> Iterator[Dialogue]:
+    """The program on another machine, over ssh. Raises what `Session.wait` raises."""
+    session.wait()
+    fd = os.dup(session.end.fileno())
+    channel = Channel(fd, fd, peer=session.host)
     try:
         dialogue = Dialogue(channel)
         greet(dialogue, __version__, socket.gethostname())
         yield dialogue
     except ConnectionLost as error:
         channel.close(wait_s=0)
-        raise found.explain(error) from error
+        raise session.explain(error) from error
     finally:
         channel.close()
-        found.close()
+        session.close()

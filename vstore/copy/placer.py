@@ -417,9 +417,11 @@ def _dress(fd: int, meta: Meta) -> None:
     """Give the inode behind `fd` all that the row says, in the order that keeps it."""
     mode, uid, gid, mtime_ns, xattrs = meta
     status = os.fstat(fd)
-    if (status.st_uid, status.st_gid) != (uid, gid):
+    is_foreign = (status.st_uid, status.st_gid) != (uid, gid)
+    if is_foreign:
         os.fchown(fd, uid, gid)  # drops setuid bits and file capabilities, so first
-    os.fchmod(fd, stat.S_IMODE(mode))
+    if is_foreign or stat.S_IMODE(status.st_mode) != stat.S_IMODE(mode):
+        os.fchmod(fd, stat.S_IMODE(mode))
     inode.store_xattrs(fd, dict(xattrs))
     if xattrs and stat.S_IMODE(os.fstat(fd).st_mode) != stat.S_IMODE(mode):  # an ACL's mask
         os.fchmod(fd, stat.S_IMODE(mode))

@@ -20,7 +20,8 @@ from blake3 import blake3
 
 from vstore import extents, inode
 from vstore.copy import blocks
-from vstore.copy.listing import Key, Listed, Listing
+from vstore.copy.known import Key
+from vstore.copy.listing import SMALL, Listed, Listing
 from vstore.copy.manifest import Row
 from vstore.copy.messages import (
     BATCHES_AHEAD,
@@ -91,14 +92,13 @@ class Sender:
         self._folder: tuple[bytes, int] = (b"", -1)
         self.files_sent = 0
 
-    def send(self, *, is_refresh: bool) -> Result:
-        """Send everything; returns what the receiver made of it.
+    def send(self, batches: Iterator[Listed], *, is_refresh: bool) -> Result:
+        """Send the listing's batches; returns what the receiver made of them.
 
         Raises ConnectionLost, Hostile, and what the receiver raised.
         """
         try:
             with _Spool() as spool:
-                batches = self._listing.batches()
                 if not is_refresh:
                     self._send_all(batches)
                 elif not self._is_same(batches, spool):
@@ -215,12 +215,16 @@ class Sender:
         base: Base | None,
         digests: bytes,
     ) -> None:
+        content = self._listing.take_content(key)
+        if content is not None:
+            self._put_small(number, content)
+            return
         fd = self._open(path, row.name)
         try:
             if not _is_as_listed(fd, row, key):
                 raise _Changed
             status = os.fstat(fd)
-            if status.st_size <= _PACKED // 2 and status.st_blocks * 512 >= status.st_size:
+            if status.st_size <= SMALL and status.st_blocks * 512 >= status.st_size:
                 content = os.pread(fd, row.size, 0)
                 if len(content) != row.size or not _is_as_listed(fd, row, key):
                     raise _Changed

@@ -1,8 +1,8 @@
-"""A program on another machine, over ssh: its stdin and stdout as one socket here.
+"""The process that speaks ssh: it runs a program on another machine, and carries what that says.
 
-paramiko and the encryption run in a process of their own, so that both cores have something to do
-and nothing of it stands in the way of the copy. One exec channel, with a window that a long way
-does not exhaust; never SFTP.
+paramiko and the encryption are in it alone, so that both cores have something to do and nothing of
+it stands in the way of the copy. One exec channel, with a window that a long way does not exhaust;
+never SFTP.
 """
 
 import contextlib
@@ -14,13 +14,13 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, NoReturn
+from typing import Any, Final
 
 import paramiko
 
 from vstore.copy import hostkeys, sshconfig
+from vstore.copy.access import Access
 from vstore.copy.wire import ConnectionLost
 from vstore.errors import NotPermitted, ToolError
 
@@ -35,7 +35,6 @@ _REKEY_BYTES: Final = 1 << 38  # far below what AES-GCM allows a key; each rekey
 _REKEY_PACKETS: Final = 1 << 30
 _ALIVE_S: Final = 15
 _HOPS: Final = 8
-_NOT_FOUND: Final = 127
 _GCM: Final = ("aes128-gcm@openssh.com", "aes256-gcm@openssh.com")
 _IDENTITIES: Final = ("id_ed25519", "id_ecdsa", "id_rsa")
 _KEY_KINDS: Final[tuple[type[paramiko.PKey], ...]] = (
@@ -45,128 +44,27 @@ _KEY_KINDS: Final[tuple[type[paramiko.PKey], ...]] = (
 )
 
 
-class ProgramMissing(ToolError):
-    """The other machine has no vserver-copy; `lines` put it there."""
+def run(access: Access, command: str, end: socket.socket, status_fd: int) -> int:
+    """Run `command` on the other machine and carry its stdin and stdout to `end`.
 
-    def __init__(self, host: str, command: str, said: str) -> None:
-        super().__init__(
-            f"{host}: cannot run {command.split()[0]!r} there: {said or 'not found'}",
-            hint="install it there, or name it with --remote-command",
-        )
-        self.lines = (
-            f"tar -c --exclude=.venv . | ssh {host} 'mkdir -p /opt/vserver-tools && "
-            "tar -x -C /opt/vserver-tools'",
-            f"ssh {host} 'make -C /opt/vserver-tools install-deps && "
-            "ln -sf /opt/vserver-tools/.venv/bin/vserver-copy /usr/local/bin/'",
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Access:
-    """How to reach a machine. `host` as the person gave it: a name of ssh_config, or of a host."""
-
-    host: str
-    user: str = ""
-    port: int = 0
-    identities: Sequence[Path] = ()
-    config: Path | None = None
-    known_hosts: Path | None = None
-    accept_new: bool = False
-    may_ask: bool = True  # for passwords, on the terminal
-
-    @property
-    def shown(self) -> str:
-        return f"{self.user}@{self.host}" if self.user else self.host
-
-
-@dataclass(slots=True)
-class Session:
-    """A program that runs on the other machine; `end` is its end of the socket here."""
-
-    end: socket.socket
-    pid: int
-    host: str
-    command: str
-    _status: Any = field(default=None)
-
-    def close(self) -> None:
-        """End the connection and wait for its process."""
-        with contextlib.suppress(OSError):
-            self.end.shutdown(socket.SHUT_RDWR)
-        self.end.close()
-        if self.pid > 0:
-            os.waitpid(self.pid, 0)
-            self.pid = 0
-
-    def explain(self, error: ConnectionLost) -> ToolError:
-        """What the end of the other side's program says of a connection that was lost."""
-        line = self._status.readline() if self._status is not None else ""
-        told = json.loads(line) if line else {}
-        code, said = int(told.get("exit", -1)), str(told.get("said", "")).strip()
-        if code == _NOT_FOUND:
-            return ProgramMissing(self.host, self.command, said.splitlines()[-1] if said else "")
-        if "reason" in told:
-            return ConnectionLost(f"{self.host}: {told['reason']}", hint=error.hint)
-        if said:
-            return ConnectionLost(f"{error.message}; it said: {said[-500:]}", hint=error.hint)
-        return error
-
-
-def connect(access: Access, command: str) -> Session:
-    """Run `command` on the other machine.
-
-    Raises NotPermitted for a host key or a login that is refused, ConnectionLost where the machine
-    does not answer, ConfigInvalid.
+    Lines of JSON on `status_fd` tell how that goes: that the program was started or why it could
+    not be, then how it ended. Returns the exit code of this process.
     """
-    ours, theirs = socket.socketpair()
-    status_read, status_write = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        ours.close()
-        os.close(status_read)
-        _run_in_child(access, command, theirs, status_write)
-    theirs.close()
-    os.close(status_write)
-    status = os.fdopen(status_read, encoding="utf-8", errors="replace")
-    session = Session(ours, pid, access.shown, command, status)
-    line = status.readline()
-    told = json.loads(line) if line else {"kind": "ConnectionLost", "message": "ended"}
-    if "ok" not in told:
-        session.close()
-        kinds: dict[str, type[ToolError]] = {
-            kind.__name__: kind for kind in (*ToolError.__subclasses__(), ConnectionLost)
-        }
-        kind = kinds.get(told["kind"], ToolError)
-        if kind is ProgramMissing:
-            kind = ToolError
-        raise kind(told["message"], hint=told.get("hint"))
-    return session
-
-
-# --- the process that speaks ssh
-
-
-def _run_in_child(access: Access, command: str, end: socket.socket, status_fd: int) -> NoReturn:
-    code = 1
-    try:
-        with os.fdopen(status_fd, "w", encoding="utf-8") as status:
-            try:
-                with contextlib.ExitStack() as stack:
-                    transport = _Connector(access, stack).connect()
-                    _tell(status, ok=True)
-                    _serve(transport, command, end, status)
-                    code = 0
-            except ToolError as error:
-                kind = type(error).__name__
-                _tell(status, kind=kind, message=error.message, hint=error.hint)
-            except (OSError, paramiko.SSHException, EOFError) as error:
-                reason = getattr(error, "strerror", None) or f"{error}" or type(error).__name__
-                message = f"{access.shown}: {reason}"
-                _tell(status, kind="ConnectionLost", message=message, reason=reason)
-    except KeyboardInterrupt:
-        code = 130
-    finally:
-        os._exit(code)
+    with os.fdopen(status_fd, "w", encoding="utf-8") as status:
+        try:
+            with contextlib.ExitStack() as stack:
+                transport = _Connector(access, stack).connect()
+                _tell(status, ok=True)
+                _serve(transport, command, end, status)
+                return 0
+        except ToolError as error:
+            kind = type(error).__name__
+            _tell(status, kind=kind, message=error.message, hint=error.hint)
+        except (OSError, paramiko.SSHException, EOFError) as error:
+            reason = getattr(error, "strerror", None) or f"{error}" or type(error).__name__
+            message = f"{access.shown}: {reason}"
+            _tell(status, kind="ConnectionLost", message=message, reason=reason)
+    return 1
 
 
 def _tell(status: Any, **values: object) -> None:
@@ -274,6 +172,7 @@ class _Connector:
                 f"{error.strerror or error}"
             ) from error
         found.settimeout(None)
+        found.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return found
 
     def _jump(self, hops: list[str]) -> Any:

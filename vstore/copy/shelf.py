@@ -1,110 +1,118 @@
 """What a pool has, to be asked for by inode number or by digest: for one run, in bounded memory.
 
-The names of all objects are read once, into a temporary database that spills to disk. Others may
-add and reclaim objects meanwhile: whoever uses an answer looks whether it is still so.
+The names of all objects are read once. Others may add and reclaim objects meanwhile: whoever uses
+an answer looks whether it is still so.
 """
 
-import os
-import sqlite3
+from collections.abc import Iterator
 from contextlib import suppress
 from typing import Final
 
+from vstore.copy.table import Table
 from vstore.index import signed
 from vstore.pool import Identity, Pool, parse_object
 
-_SCHEMA: Final = """
-    CREATE TABLE objects (ino INTEGER NOT NULL, digest BLOB NOT NULL, name TEXT NOT NULL);
-    CREATE TABLE asked (digest BLOB PRIMARY KEY) WITHOUT ROWID;
-    CREATE TABLE uses (identity BLOB PRIMARY KEY, times INTEGER NOT NULL) WITHOUT ROWID;
-"""
-_CACHE_KIB: Final = 24_000
-_ROWS_AT_ONCE: Final = 5000
+_ALIKE: Final = 4
+"""So many objects of one content, which differ in owner, mode or time, are told of: any will do."""
+_THERE, _OURS = 1, 2
+
+
+class Inodes:
+    """The objects of a pool by inode number."""
+
+    def __init__(self, pool: Pool | None) -> None:
+        self._names: Table[int, str] = Table()
+        self._is_empty = True
+        for path, ino in pool.list_objects() if pool is not None else ():
+            self._names.put(signed(ino), path[3:])
+            self._is_empty = False
+
+    def close(self) -> None:
+        self._names.close()
+
+    def find(self, ino: int) -> Identity | None:
+        """What the object with this inode number is; None where none has it."""
+        name = None if self._is_empty else self._names.get(signed(ino))
+        with suppress(ValueError):
+            return None if name is None else parse_object(name)[0]
+        return None
 
 
 class Shelf:
-    """The objects of a pool as they were when it was read, and those that were added by `add`."""
+    """The objects of a pool as they were when it was read, and those that were added by `add`; what
+    of contents has been asked for.
+    """
 
-    def __init__(self, pool: Pool | None, *, by_digest: bool) -> None:
-        self._database = sqlite3.connect("", isolation_level=None, check_same_thread=False)
-        self._database.execute("PRAGMA journal_mode = OFF")
-        self._database.execute("PRAGMA synchronous = OFF")
-        self._database.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
-        for statement in _SCHEMA.split(";\n"):
-            if statement.strip():
-                self._database.execute(statement)
-        if pool is not None:
-            self._load(pool)
-        self._is_empty = not self._database.execute("SELECT 1 FROM objects").fetchone()
-        column = "digest" if by_digest else "ino"
-        self._database.execute(f"CREATE INDEX found ON objects ({column})")
+    def __init__(self, pool: Pool | None) -> None:
+        self._names: Table[str, int] = Table()
+        self._same: Table[bytes, str] = Table()
+        self._asked: Table[bytes, int] = Table()
+        self._uses: Table[str, int] = Table()
+        for path, _ in pool.list_objects() if pool is not None else ():
+            with suppress(ValueError):
+                self._note(path[3:], _THERE)
 
     def close(self) -> None:
-        self._database.close()
+        for table in (self._names, self._same, self._asked, self._uses):
+            table.close()
 
-    def _load(self, pool: Pool) -> None:
-        rows = []
-        self._database.execute("BEGIN")
-        for path, ino in pool.list_objects():
-            with suppress(ValueError):
-                rows.append((signed(ino), bytes.fromhex(path[3:67]), path[3:]))
-            if len(rows) >= _ROWS_AT_ONCE:
-                self._insert(rows)
-                rows = []
-        self._insert(rows)
-        self._database.execute("COMMIT")
-
-    def _insert(self, rows: list[tuple[int, bytes, str]]) -> None:
-        self._database.executemany("INSERT INTO objects VALUES (?, ?, ?)", rows)
-
-    # --- of the side that sends
-
-    def find_inode(self, ino: int) -> Identity | None:
-        """What the object with this inode number is; None where none has it."""
-        if self._is_empty:
-            return None
-        found = self._database.execute(
-            "SELECT name FROM objects WHERE ino = ?", (signed(ino),)
-        ).fetchone()
-        if found is None:
-            return None
-        with suppress(ValueError):
-            return parse_object(found[0])[0]
-        return None
-
-    # --- of the side that receives
+    def _note(self, name: str, state: int) -> None:
+        digest = bytes.fromhex(name[:64])
+        self._names.put(name, state)
+        known = self._same.get(digest)
+        if known is None:
+            self._same.put(digest, name)
+        elif known.count(" ") + 1 < _ALIKE and name not in known.split(" "):
+            self._same.put(digest, f"{known} {name}")
 
     def add(self, name: str) -> None:
-        """An object of this name (without its folder) is there now."""
-        self._insert([(0, bytes.fromhex(name[:64]), name)])
+        """An object of this name (without its folder) is there now, or will be."""
+        self._note(name, _OURS)
 
     def drop(self, name: str) -> None:
         """The object of this name is gone."""
-        self._database.execute(
-            "DELETE FROM objects WHERE digest = ? AND name = ?", (bytes.fromhex(name[:64]), name)
-        )
+        digest = bytes.fromhex(name[:64])
+        self._names.drop(name)
+        left = [other for other in (self._same.get(digest) or "").split(" ") if other != name]
+        if left and left[0]:
+            self._same.put(digest, " ".join(left))
+        else:
+            self._same.drop(digest)
 
-    def list_same(self, digest: bytes) -> list[tuple[str, bool]]:
-        """The names (without folders) of all objects of this content, and whether `add` told."""
-        found = self._database.execute(
-            "SELECT name, ino = 0 FROM objects WHERE digest = ?", (digest,)
-        )
-        return [(name, bool(is_ours)) for name, is_ours in found]
+    def knows(self, name: str) -> bool:
+        """Whether there is an object of this name."""
+        return self._names.get(name) is not None
+
+    def is_ours(self, name: str) -> bool:
+        """Whether `add` told of it."""
+        return self._names.get(name) == _OURS
+
+    def list_same(self, digest: bytes, first: str) -> Iterator[str]:
+        """The names of objects of this content, that of the name `first` before the others."""
+        known = self._same.get(digest)
+        if known is None:
+            return
+        if self.knows(first):
+            yield first
+        yield from (name for name in known.split(" ") if name != first)
 
     def take_turn(self, identity: Identity) -> int:
         """How many files of this run had this identity before: the number of this one's object."""
-        key = os.fsencode(identity.name(0))
-        times: int = self._database.execute(
-            "INSERT INTO uses VALUES (?, 1) ON CONFLICT DO UPDATE SET times = times + 1"
-            " RETURNING times",
-            (key,),
-        ).fetchone()[0]
-        return times - 1
+        key = identity.name(0)
+        times = self._uses.get(key) or 0
+        self._uses.put(key, times + 1)
+        return times
 
     def ask(self, digest: bytes) -> bool:
         """Whether this content is asked for now for the first time; it is noted as asked for."""
-        done = self._database.execute("INSERT OR IGNORE INTO asked VALUES (?)", (digest,))
-        return done.rowcount > 0
+        if self._asked.get(digest) is not None:
+            return False
+        self._asked.put(digest, 1)
+        return True
+
+    def was_asked(self, digest: bytes) -> bool:
+        return self._asked.get(digest) is not None
 
     def forget(self, digest: bytes) -> None:
         """This content will not come after all."""
-        self._database.execute("DELETE FROM asked WHERE digest = ?", (digest,))
+        self._asked.drop(digest)
