@@ -33,7 +33,7 @@ _DEAD_ULIMITS: Final = {
     "locks": "the kernel no longer limits locks",
     "rss": "the kernel does not limit the memory of one process; rlimits/rss limits the guest's",
 }
-_CONTEXT_ONLY: Final = {
+CONTEXT_ONLY: Final = {
     "as": "address space has no total; rlimits/rss limits the guest's memory",
     "anon": "memory is limited as a whole; use rlimits/rss",
     "shmem": "memory is limited as a whole; use rlimits/rss",
@@ -52,7 +52,8 @@ _CONTEXT_ONLY: Final = {
     "stack": "is a limit of each process; use ulimits/stack",
     "core": "is a limit of each process; use ulimits/core",
 }
-_CONTEXT: Final = frozenset({"rss", "nproc", *_CONTEXT_ONLY})
+"""Totals of the original that no guest has here, and what there is instead."""
+_CONTEXT: Final = frozenset({"rss", "nproc", *CONTEXT_ONLY})
 
 _LIMIT: Final = r"(0[xX][0-9a-fA-F]+|0[0-7]*|[1-9][0-9]*)([kKmM]?)"
 _UNITS: Final = {"": 1, "k": 1000, "m": 1000**2, "K": 1024, "M": 1024**2}
@@ -132,7 +133,7 @@ def load_context_limits(guest: Keys, *, processes: int | None) -> ContextLimits:
         elif name == "nproc":
             limits = replace(limits, pids_max=_least(processes, _finite(limit.hard)))
         elif any(_finite(value) is not None for value in limit):
-            folder.warn(name, _CONTEXT_ONLY[name])
+            folder.warn(name, CONTEXT_ONLY[name])
     return limits
 
 

@@ -56,6 +56,16 @@ def limit_group(group: Group, spec: GuestSpec) -> tuple[str, ...]:
     return tuple(writer.missing)
 
 
+def write_cpu(group: Group, cpu: CpuLimit, *, cpus: int) -> tuple[str, ...]:
+    """Give a guest that runs another share of its `cpus`; what cannot be had, a line each.
+
+    Raises ConfigInvalid for a value that the kernel does not take.
+    """
+    writer = _Writer(group)
+    writer.write_cpu(cpu, cpus=cpus)
+    return tuple(writer.missing)
+
+
 class _Writer:
     """Writes control files, and gathers what the machine lacks."""
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.fixtures.filesystems import thaw_below
+from tests.fixtures.guestconfig import write_program
 from tests.fixtures.probes import need
 from tests.fixtures.vservers import SLEEPER, VSERVER, Host, host_for_guests, is_alive
 
@@ -36,7 +37,9 @@ def dialog(*words: str, answers: str = "", code: int = 0) -> subprocess.Complete
 
 
 def test_a_dialog_makes_a_guest_that_runs(host: Host) -> None:
-    host.add_busybox("first")
+    root = host.add_busybox("first")
+    (root / "sbin/init").unlink()  # it would take its time to stop
+    write_program(root / "sbin/init", "exec sleep 1000")
     host.set_key("first", "fstab", "none /proc proc defaults 0 0")
     answers = ["first", "no/name", "web", "flying", "", "", "www.example", f"lo:{_ADDRESS}/33"]
     answers += [f"lo:{_ADDRESS}/32", "", "y", "y", "y"]

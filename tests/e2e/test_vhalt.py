@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.fixtures.mountinfo import at, mounts_of
-from tests.fixtures.probes import need, scaled
+from tests.fixtures.probes import need
 from tests.fixtures.vservers import (
     BUSYBOX_INIT,
     SLEEPER,
@@ -83,12 +83,13 @@ def add_python(host: Host, name: str) -> None:
     host.set_key(name, "fstab", "\n".join(lines))
 
 
+@need("soak")
 def test_inside_of_a_guest_that_one_is_meant(host: Host) -> None:
     if not Path("/lib").is_symlink():
         pytest.skip("the host's /lib is no part of /usr")
     add_python(host, "web")
     host.vserver("web", "start")
-    for words in ([], ["-f"])[: scaled(1, 2)]:
+    for words in ([], ["-f"]):
         before = host.init_pid("web")
         host.try_vserver("web", "exec", os.fspath(_BIN / "vreboot"), *words)
         wait_until(lambda before=before: host.state("web").get("init_pid", before) != before, 60)

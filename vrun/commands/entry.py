@@ -23,15 +23,20 @@ WITH_COMMAND: Final = {**WIDTH, "allow_interspersed_args": False}
 """Settings of one whose arguments end with a command and the options of that."""
 
 
-def run(command: click.Command, *, usage: int = EXIT_FAILED) -> NoReturn:
+def run(command: click.Command, *, usage: int = EXIT_FAILED, with_rest: bool = False) -> NoReturn:
     """Run the command with the arguments of this process, and end with its code; `usage` is that of
     a wrong command line.
+
+    `with_rest`: what stands behind `--` is no argument of its own, but its object, a tuple.
     """
     name = command.name or ""
+    words = sys.argv[1:]
+    place = words.index("--") if with_rest and "--" in words else len(words)
+    rest = tuple(words[place + 1 :])
 
     def work() -> int:
         try:
-            result = command.main(sys.argv[1:], name, standalone_mode=False)
+            result = command.main(words[:place], name, standalone_mode=False, obj=rest)
         except click.UsageError as error:
             error.show()
             return usage

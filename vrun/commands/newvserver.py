@@ -3,6 +3,7 @@
 Every question has an option and a default, and in the end the command is shown that does the same.
 """
 
+import gc
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any, Final
 import click
 
 from vrun import lifecycle, names
-from vrun.commands import script
+from vrun.commands import entry
 from vrun.commands.build import METHODS, build_command
 from vrun.commands.plain import HEARER, say
 from vrun.errors import ToolError
@@ -87,6 +88,7 @@ def _checked(check: Check, text: str) -> str:
 @click.pass_obj
 def command(rest: tuple[str, ...], /, *, name: str | None, yes: bool, **given: Any) -> int:
     """Make a guest: asks what has to be known, and builds it."""
+    gc.enable()  # a build takes longer than a start
     questions = _Questions(is_asking=not yes)
     name = questions.ask("Name of the guest", name, None, _new_name)
     words = _method_words(questions, given, rest)
@@ -227,4 +229,4 @@ def _default_device() -> str | None:
 
 def main() -> None:
     """The console script."""
-    script.run(command, with_rest=True)
+    entry.run(command, with_rest=True)

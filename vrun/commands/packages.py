@@ -9,7 +9,6 @@ from typing import Any, Final
 
 import click
 
-from vrun import nightly
 from vrun.commands.bulkoptions import bulk_options, jobs_option, wanted
 from vrun.commands.unifying import unify
 from vrun.commands.vserver_all import Task, code_of, perform
@@ -56,7 +55,6 @@ def package_command(
         code = code_of(ended)
         if done and changes(given_argv) and not no_unify:
             time.sleep(_SETTLED_S)
-            nightly.step_back()
             code = code or min(unify(done, program=program), EXIT_SOME)
         return code
 

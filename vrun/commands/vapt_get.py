@@ -3,7 +3,7 @@
 import os
 from typing import Final
 
-from vrun.commands import script
+from vrun.commands import entry
 from vrun.commands.packages import Arguments, package_command
 from vrun.keys import key_names
 
@@ -38,4 +38,4 @@ command = package_command(PROGRAM, argv=_argv, changes=_changes)
 def main() -> None:
     """The console script."""
     os.environ.setdefault("DEBIAN_FRONTEND", "noninteractive")  # is passed on into guests
-    script.run(command, with_rest=True)
+    entry.run(command, with_rest=True)

@@ -1,7 +1,7 @@
 """vhalt: stop guests from the host, or the guest that it is called in."""
 
 from vrun import syscalls
-from vrun.commands import script
+from vrun.commands import entry
 from vrun.commands.powering import power_command
 
 command = power_command(
@@ -11,4 +11,4 @@ command = power_command(
 
 def main() -> None:
     """The console script."""
-    script.run(command)
+    entry.run(command)

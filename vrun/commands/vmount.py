@@ -7,7 +7,7 @@ from typing import Final
 import click
 
 from vrun import admission, latemount, names
-from vrun.commands import script
+from vrun.commands import entry
 from vrun.commands.plain import say, show, show_failure
 from vrun.commands.vservers import EXIT_ALL, EXIT_SOME
 from vrun.errors import ToolError
@@ -96,4 +96,4 @@ def _mount_missing(guest: Guest) -> bool:
 
 def main() -> None:
     """The console script."""
-    script.run(command)
+    entry.run(command)

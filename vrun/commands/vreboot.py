@@ -1,7 +1,7 @@
 """vreboot: restart guests from the host, or the guest that it is called in."""
 
 from vrun import syscalls
-from vrun.commands import script
+from vrun.commands import entry
 from vrun.commands.powering import power_command
 
 command = power_command("vreboot", word="restart", inside=("reboot",), number=syscalls.RB_AUTOBOOT)
@@ -9,4 +9,4 @@ command = power_command("vreboot", word="restart", inside=("reboot",), number=sy
 
 def main() -> None:
     """The console script."""
-    script.run(command)
+    entry.run(command)

@@ -3,7 +3,7 @@
 import re
 from typing import Final
 
-from vrun.commands import script
+from vrun.commands import entry
 from vrun.commands.packages import Arguments, package_command
 
 PROGRAM: Final = "vrpm"
@@ -23,4 +23,4 @@ command = package_command(PROGRAM, argv=_argv, changes=_changes)
 
 def main() -> None:
     """The console script."""
-    script.run(command, with_rest=True)
+    entry.run(command, with_rest=True)

@@ -14,7 +14,7 @@ import click
 
 from vrun import chorus, names, roster
 from vrun.chorus import Chorus, Ended
-from vrun.commands import plain, script
+from vrun.commands import entry, plain
 from vrun.commands.bulkoptions import bulk_options, jobs_option, wanted
 from vrun.commands.headway import Headway
 from vrun.commands.plain import show
@@ -45,7 +45,7 @@ class Task:
 
 def main() -> None:
     """The console script."""
-    script.run(command, with_rest=True)
+    entry.run(command, with_rest=True)
 
 
 @click.command(
