@@ -29,6 +29,7 @@ from vrun import (
     cgroup,
     foreground,
     kernelfs,
+    mountcalls,
     mountfd,
     namespaces,
     outside,
@@ -403,7 +404,7 @@ def _mount(birth: _Birth) -> None:
     mountfd.attach(blank.mount_fd, root_fd, "/proc")  # below what comes
     kernelfs.mount_proc(root_fd, blank, kernelfs.ProcOptions(sets_hostname=True))
     sys_fd = os.open("/sys", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    syscalls.mount_setattr(sys_fd, attr_set=syscalls.MOUNT_ATTR_RDONLY, recursive=True)
+    mountcalls.mount_setattr(sys_fd, attr_set=mountcalls.MOUNT_ATTR_RDONLY, recursive=True)
 
 
 def _bring_up_loopback(birth: _Birth) -> None:
