@@ -49,10 +49,8 @@ def test_by_name_guests_that_run_are_restarted_and_stopped(host: Host) -> None:
         host.vserver(name, "start")
     before = host.init_pid("web")
     done = run("vreboot", "web", "off", code=2)
-    assert (done.stdout, done.stderr) == (
-        "web: restarted\n",
-        "vreboot: guest off: does not run\n",
-    )
+    assert done.stdout == "web: restarted\n"
+    assert done.stderr.startswith("vreboot: guest off: does not run\n")
     assert host.init_pid("web") != before
     assert host.state("off") == {}
     assert run("vhalt", "web", "db").stdout.endswith("2 guests: 2 stopped\n")

@@ -126,7 +126,7 @@ def test_the_sysv_script_starts_and_stops_the_guests_of_its_mark(
         environment = {**os.environ, "RUNLEVEL": level}
         command: list[str | Path] = [root / "etc" / link, word]
         done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=100)
-        return done.returncode, done.stdout + done.stderr
+        return done.returncode, done.stdout or done.stderr
 
     code, shown = run("start")
     assert (code, shown.endswith("2 guests: 2 started\n")) == (0, True)
