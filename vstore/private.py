@@ -5,7 +5,6 @@ The names in a guest are worked on while its lock is held, or its cgroup frozen.
 
 import os
 import stat
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -21,8 +20,6 @@ from vstore.quarantine import load_quarantined
 from vstore.undo import guarded_worker
 
 _NAMES_A_JOB: Final = 100
-_ATTEMPTS: Final = 20  # to freeze a busy guest
-_PAUSE_S: Final = 0.05
 _LOOK: Final = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 
 _REASONS: Final = {
@@ -104,7 +101,7 @@ class _Holder:
             else:
                 answers[name] = (False, reason)
         for (name, _), outcome in zip(
-            shared, self._break_shared(folder_fd, shared, cgroup), strict=True
+            shared, self._breaker.break_names(folder_fd, shared, cgroup), strict=True
         ):
             is_good = outcome in (BROKEN, NOT_SHARED)
             answers[name] = (outcome == BROKEN, "" if is_good else _REASONS.get(outcome, outcome))
@@ -127,13 +124,3 @@ class _Holder:
         if not is_frozen:
             return 0, ""
         return 0, "is immutable, but no object of this pool: see setattr, or name another pool"
-
-    def _break_shared(
-        self, folder_fd: int, shared: list[tuple[bytes, int]], cgroup: str
-    ) -> list[str]:
-        for _ in range(_ATTEMPTS):
-            outcomes = self._breaker.break_names(folder_fd, shared, cgroup)
-            if NOT_FROZEN not in outcomes:
-                break
-            time.sleep(_PAUSE_S)
-        return outcomes

@@ -219,6 +219,20 @@ def test_a_guest_that_cannot_be_frozen_is_put_off_and_the_others_are_not(
 
 
 @on("ext4")
+def test_between_two_tries_to_hold_it_still_a_guest_runs(site: Site, cgroup: Path) -> None:
+    site.add_guest("web")
+    with (
+        _no_freeze(site, "web", cgroup),
+        freezer.opened(str(cgroup)) as fd,
+        ExitStack() as stack,
+    ):
+        began = monotonic()
+        assert not freezer.hold(str(cgroup), fd, stack, tries=3)
+        assert monotonic() - began >= 3 * freezer.TIMEOUT_S + 2 * freezer.BREATH_S
+        assert (cgroup / "cgroup.freeze").read_text() == "0\n"
+
+
+@on("ext4")
 def test_a_guest_whose_cgroup_goes_away_is_put_off(site: Site, cgroup: Path, tool: Tool) -> None:
     guests, before = _add_guests(site, "web", "db", "mail")
     with running(site, "web", cgroup, IDLE) as process:
