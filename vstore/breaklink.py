@@ -23,6 +23,7 @@ CHANGED: Final = "changed"
 NOT_SHARED: Final = "not-shared"
 BUSY: Final = "busy"
 NOT_FROZEN: Final = "not-frozen"
+_TRIES: Final = 20  # to freeze a busy guest; one that was not frozen then is tried once a folder
 
 _ATTEMPTS: Final = 20
 _PAUSE_S: Final = 0.05
@@ -69,6 +70,7 @@ class Breaker:
         self._pool = pool
         self._windows = windows
         self._stage_fd = stage_fd
+        self._restless: set[str] = set()  # cgroups of guests that could not be held still
         self._proc_fd = os.open(_PROC_FDS, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
     def break_below(
@@ -144,7 +146,10 @@ class Breaker:
     ) -> None:
         before = os.fstat(folder_fd)
         self._windows.make_room()
-        with _still(cgroup, self._windows) as is_still:
+        tries = 1 if cgroup in self._restless else _TRIES
+        with _still(cgroup, self._windows, tries) as is_still:
+            if not is_still:
+                self._restless.add(cgroup)
             guarded = {copy.ino: os.dup(copy.shared_fd) for copy in copies}
             with self._windows.guard(list(guarded.values())) as refused:
                 for copy in copies:
@@ -171,7 +176,7 @@ class Breaker:
 
 
 @contextmanager
-def _still(cgroup: str, windows: Windows) -> Iterator[bool]:
+def _still(cgroup: str, windows: Windows, tries: int) -> Iterator[bool]:
     """Hold the guest in `cgroup` still; yields whether it is. No cgroup: it does not run."""
     if not cgroup:
         yield True
@@ -183,7 +188,7 @@ def _still(cgroup: str, windows: Windows) -> Iterator[bool]:
             yield False  # the guest has just stopped
             return
         stack.enter_context(windows.holding({cgroup: fd}))
-        yield stack.enter_context(freezer.frozen(cgroup, fd))
+        yield freezer.hold(cgroup, fd, stack, tries=tries)
 
 
 def _explain(error: OSError) -> str:

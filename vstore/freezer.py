@@ -8,13 +8,16 @@ import logging
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
 log = logging.getLogger(__name__)
 
 TIMEOUT_S: Final = 0.03
+TRIES: Final = 5
+BREATH_S: Final = 0.05
+"""How long a guest runs before it is tried again."""
 _ORDINARY: Final = (os.SCHED_OTHER, os.SCHED_BATCH, os.SCHED_IDLE)
 
 
@@ -61,6 +64,24 @@ def frozen(cgroup: str, fd: int) -> Iterator[bool]:
             if not was_frozen:
                 with suppress(OSError):  # gone
                     os.write(fd, b"0")
+
+
+def hold(cgroup: str, fd: int, stack: ExitStack, *, tries: int = TRIES) -> bool:
+    """Hold the processes of `cgroup` still until the stack unwinds; `fd` as for `frozen`.
+
+    Between two tries they run for a while. Returns whether they stand still.
+    """
+    for turn in range(tries):
+        if turn:
+            time.sleep(BREATH_S)
+        attempt = ExitStack()
+        with suppress(OSError):
+            if attempt.enter_context(frozen(cgroup, fd)):
+                stack.push(attempt)
+                return True
+        with suppress(OSError):
+            attempt.close()
+    return False
 
 
 @contextmanager

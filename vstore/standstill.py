@@ -11,10 +11,8 @@ from vstore import freezer
 from vstore.plan import Slot
 from vstore.window import Windows
 
-_TRIES: Final = 5  # a guest that does not stand still is put off to the next run
 _SPAN_S: Final = 0.01
 """How long a guest shall stand still at most; a slow disk or a busy machine makes it longer."""
-_LONGEST_BREATH_S: Final = 0.05
 _FIRST_PIECE: Final = 30  # names
 _SMALLEST_PIECE: Final = 4
 _LARGEST_PIECE: Final = 150
@@ -28,7 +26,7 @@ class Standstill:
     def __init__(self, cgroups: Sequence[str], windows: Windows) -> None:
         self._cgroups = cgroups
         self._windows = windows
-        self._restless: set[str] = set()  # guests that could not be held
+        self._restless: set[str] = set()  # guests that could not be held are put off to another run
         self._piece = float(_FIRST_PIECE)
         self._began_s = 0.0
         self._names = 0
@@ -75,13 +73,15 @@ class Standstill:
 
     def _freeze_all(self, cgroups: Mapping[str, int], stack: ExitStack) -> set[str]:
         """Hold guests still, all or after some tries those that can be; returns their cgroups."""
-        for turn in range(_TRIES):
+        for turn in range(freezer.TRIES):
             if turn:
-                time.sleep(_LONGEST_BREATH_S)
+                time.sleep(freezer.BREATH_S)
             self._began_s = time.monotonic()
             attempt = ExitStack()
-            still = {path for path, fd in cgroups.items() if _freeze(path, fd, attempt)}
-            if len(still) == len(cgroups) or turn == _TRIES - 1:
+            still = {
+                path for path, fd in cgroups.items() if freezer.hold(path, fd, attempt, tries=1)
+            }
+            if len(still) == len(cgroups) or turn == freezer.TRIES - 1:
                 break
             attempt.close()
         stack.push(attempt)
@@ -94,16 +94,4 @@ class Standstill:
             self._piece = max(_SMALLEST_PIECE, self._piece * _SPAN_S / span_s)
         elif span_s < _SPAN_S / 2 and self._names >= self._piece:
             self._piece = min(_LARGEST_PIECE, self._piece * 1.5)
-        time.sleep(min(span_s, _LONGEST_BREATH_S))
-
-
-def _freeze(path: str, fd: int, stack: ExitStack) -> bool:
-    """Hold one guest still until the stack unwinds; one that cannot be runs on at once."""
-    attempt = ExitStack()
-    with suppress(OSError):
-        if attempt.enter_context(freezer.frozen(path, fd)):
-            stack.push(attempt)
-            return True
-    with suppress(OSError):
-        attempt.close()
-    return False
+        time.sleep(min(span_s, freezer.BREATH_S))

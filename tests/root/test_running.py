@@ -30,6 +30,7 @@ from tests.fixtures.runs import find_faults, stamps, undo, unify, unshared
 from tests.fixtures.settled import Nursery
 from tests.fixtures.trees import File, Snapshot, differences, snapshot
 from vstore import freezer
+from vstore.pool import Pool
 
 pytestmark = need("immutable", "lease", "cgroup_freezer")
 
@@ -247,6 +248,20 @@ def _wanted_state(cgroup: Path) -> str:
 
 
 @on("ext4")
+def test_between_two_tries_to_hold_it_still_a_guest_runs(site: Site, cgroup: Path) -> None:
+    site.add_guest("web")
+    with (
+        _no_freeze(site, "web", cgroup),
+        freezer.opened(str(cgroup)) as fd,
+        ExitStack() as stack,
+    ):
+        began = monotonic()
+        assert not freezer.hold(str(cgroup), fd, stack, tries=3)
+        assert monotonic() - began >= 3 * freezer.TIMEOUT_S + 2 * freezer.BREATH_S
+        assert (cgroup / "cgroup.freeze").read_text() == "0\n"
+
+
+@on("ext4")
 def test_a_guest_whose_cgroup_goes_away_is_put_off(site: Site, cgroup: Path, tool: Tool) -> None:
     guests, before = _add_guests(site, "web", "db", "mail")
     with running(site, "web", cgroup, IDLE) as process:
@@ -279,6 +294,17 @@ def test_a_running_guests_own_pool_is_used(site: Site, cgroup: Path, tool: Tool)
     assert find_faults(pool) == []
 
 
+@contextmanager
+def _held_up(site: Site) -> Iterator[Callable[[], None]]:
+    """Runs wait where they lock objects, which they do in the middle of a batch, until the block
+    ends or what it yields is called.
+    """
+    Pool.create(site.pool).close()
+    with (site.pool / "windows").open("w") as locks:
+        fcntl.lockf(locks, fcntl.LOCK_EX)
+        yield lambda: fcntl.lockf(locks, fcntl.LOCK_UN)
+
+
 @on("ext4")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_a_guest_runs_again_after_a_run_that_was_ended_in_a_batch(
@@ -287,9 +313,13 @@ def test_a_guest_runs_again_after_a_run_that_was_ended_in_a_batch(
     guests, before = _add_guests(site, "web", "db")
     with running(site, "web", cgroup, BUSY) as busy:
         command = (Path(sys.executable).parent / "vunify", "--all", "-q")
-        with subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE) as run:
-            _wait_for(lambda: is_frozen(cgroup))
+        with (
+            _held_up(site) as go_on,
+            subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE) as run,
+        ):
+            _wait_for(lambda: is_frozen(cgroup), timeout_s=60)
             os.killpg(run.pid, number)
+            go_on()
             assert run.stderr is not None
             said = run.stderr.read()
         assert b"Traceback" not in said, said.decode()
@@ -314,8 +344,8 @@ def test_several_running_guests_are_each_frozen(site: Site, cgroup: Path, tool: 
         FreezeWatch(other) as second,
     ):
         assert _unify_all(tool) == 800
-    assert first.times >= 1
-    assert second.times >= 1
+    assert first.was_frozen
+    assert second.was_frozen
     _check(site, guests, before)
 
 
