@@ -80,6 +80,16 @@ def test_an_unknown_host_is_refused_with_its_fingerprint(machines: Machines, too
     assert known.read_text() == "# nobody\n"
 
 
+@pytest.mark.timeout(120)
+def test_a_refusal_does_not_wait_for_what_is_being_read(machines: Machines, tool: Tool) -> None:
+    """The guest is listed while the other machine is called; this file takes minutes."""
+    with (machines.here.root("web") / "disk").open("wb") as file:
+        file.truncate(4 << 40)
+    done = _copy(tool, machines, *_by_hand(machines, machines.server.known_hosts("# nobody")))
+    assert done.returncode == 6
+    assert list(machines.there.vdirbase.iterdir()) == []
+
+
 def test_a_new_host_is_noted_only_when_asked_for(machines: Machines, tool: Tool) -> None:
     known = machines.server.folder / "fresh" / "known_hosts"
     done = _copy(tool, machines, *_by_hand(machines, known), "--accept-new")

@@ -5,7 +5,7 @@ own digest afterwards.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Final
 
 from blake3 import blake3
@@ -46,11 +46,18 @@ def digest_blocks(fd: int, size: int, block: int) -> bytes:
     return bytes(found)
 
 
-def digest_both(fd: int, size: int, block: int) -> tuple[bytes, bytes]:
-    """BLAKE3 of the file behind `fd`, and the digests of its blocks, in one reading of it all."""
+def digest_both(
+    fd: int, size: int, block: int, *, wanted: Callable[[], bool] = lambda: True
+) -> tuple[bytes, bytes]:
+    """BLAKE3 of the file behind `fd`, and the digests of its blocks, in one reading of it all.
+
+    Once `wanted` says no, both are of a part.
+    """
     whole = blake3()
     found = bytearray()
     for at in range(0, size, _step(block)):
+        if not wanted():
+            break
         view = memoryview(_pread(fd, min(_step(block), size - at), at))
         whole.update(view)
         for place in range(0, len(view), block):

@@ -104,6 +104,7 @@ class Listing:
         self._rewritten = rewritten
         self._is_still = is_still  # nothing writes to the tree: digests may be kept
         self._keeps_blocks = keeps_blocks
+        self._is_stopped = False
         self.blocks: dict[Key, bytes] = {}  # digests of the blocks of some large files
         self._rules = excludes
         device = os.fstat(root_fd).st_dev
@@ -120,6 +121,13 @@ class Listing:
         """Keep the new digests for the next run."""
         self._digests.close()
         self._objects.close()
+
+    def stop(self) -> None:
+        """What is being listed, in another thread, is of no use: come to an end soon."""
+        self._is_stopped = True
+
+    def _is_wanted(self) -> bool:
+        return not self._is_stopped
 
     # --- batches
 
@@ -324,7 +332,12 @@ class Listing:
         is_leased = is_settled and _take_lease(fd)
         try:
             digest = self._read(fd, status)
-            if is_leased and lease.is_unbroken(fd) and _key_of(os.fstat(fd)) == key:
+            if (
+                is_leased
+                and self._is_wanted()
+                and lease.is_unbroken(fd)
+                and _key_of(os.fstat(fd)) == key
+            ):
                 self._digests.keep(key, digest, digest_of_xattrs(xattrs))
         finally:
             if is_leased:
@@ -342,9 +355,10 @@ class Listing:
             return blake3(content).digest()
         is_large = is_dense and status.st_size > blocks.LARGE
         if not self._keeps_blocks or not is_large or len(self.blocks) >= _BLOCKS_KEPT:
-            return digest_content(fd, status)
+            return digest_content(fd, status, wanted=self._is_wanted)
         block = blocks.choose_block(status.st_size)
-        digest, self.blocks[_key_of(status)] = blocks.digest_both(fd, status.st_size, block)
+        found = blocks.digest_both(fd, status.st_size, block, wanted=self._is_wanted)
+        digest, self.blocks[_key_of(status)] = found
         return digest
 
     def take_content(self, key: Key | None) -> bytes | None:

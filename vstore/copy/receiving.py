@@ -186,7 +186,7 @@ class _Pass:
             return self._find_out(pool, base, 1 << 62)
         if self._is_same(base):
             return self._same()
-        return self._receive(pool, base, room)
+        return self._receive(pool, base)
 
     # --- before a byte is sent
 
@@ -316,7 +316,8 @@ class _Pass:
 
     # --- the copy
 
-    def _receive(self, pool: Pool, base: Listing | None, room: int) -> Result:
+    def _receive(self, pool: Pool, base: Listing | None) -> Result:
+        """There is room for it: by what the sender measured, or by what was found out."""
         if not self._request.refresh:
             self._progress.phase("copy", self._source.bytes, "bytes")
         with open_area(self.place.parent, self.place.leaf) as area:
@@ -328,7 +329,6 @@ class _Pass:
                 self._progress,
                 base_fd=self.place.base_fd,
                 base=base,
-                room=room,
             )
             try:
                 end = receiver.receive()

@@ -54,7 +54,7 @@ class Outgoing:
     def list_ahead(self) -> None:
         """Begin to list, as far as memory allows: the other side is not there yet."""
         self._ahead = Ahead(self._list({}).batches(), BATCHES_AHEAD)
-        self._stack.callback(self._ahead.close)
+        self._stack.callback(self._stop)
 
     def _list(self, rewritten: dict[bytes, bytes]) -> Listing:
         listing = Listing(
@@ -72,7 +72,8 @@ class Outgoing:
 
     def _stop(self) -> None:
         """What was listed ahead is of no use."""
-        if self._ahead is not None:
+        if self._ahead is not None and self._listing is not None:
+            self._listing.stop()
             self._ahead.close()
             self._ahead = None
 
