@@ -395,11 +395,22 @@ def test_a_running_guest_is_joined_as_by_exec(host: Host) -> None:
         assert shown.split()[:2] == ["web", "bin"]
 
 
+def test_a_private_guest_is_not_joined(host: Host) -> None:
+    host.set_key("web", "cflags", "private")
+    try:
+        done = attempt("chcontext", "--xid", "web", "true")
+    finally:
+        (host.etc.confdir / "web/cflags").unlink()
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "private" in done.stderr
+
+
 def test_the_spectator_sees_all_processes(host: Host) -> None:
-    script = f"{BIN}/vps axo pid,comm; {BIN}/vserver-info - XID; exit 8"
+    script = f"{BIN}/vps axo pid,comm; {BIN}/vserver-stat; {BIN}/vserver-info - XID; exit 8"
     shown = run("chcontext", "--ctx", "1", "sh", "-c", script, code=8)
     assert re.search(r"^ *\d+ +1 ALL_PROC +ps$", shown, re.M)
     assert re.search(rf"^ *{host.init_pid('web')} +{host.state('web')['xid']} web ", shown, re.M)
+    assert re.search(r"^1 +\d+ .* monitoring server$", shown, re.M)
     assert shown.endswith("\n1\n")
     shown = run("chcontext", "--xid", "1", "--cap", "!kill", "cat", "/proc/self/status")
     assert not bounding(shown) & _KILL
