@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from typing import Final
 
-from vrun.membership import Contexts
+from vrun.membership import HOST, Contexts
 from vstore.record import dataclass
 
 TICKS: Final = os.sysconf("SC_CLK_TCK")
@@ -18,6 +18,8 @@ _FOLDER: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _READ: Final = os.O_RDONLY | os.O_CLOEXEC
 _STAT_BYTES: Final = 4096
 _IO_BYTES: Final = 1024
+_PF_KTHREAD: Final = 0x00200000
+"""A thread of the kernel's own, linux/sched.h: no guest has one, and there are many."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,14 +71,10 @@ def list_processes(contexts: Contexts, *, io: bool = False) -> Iterator[Process]
 def _look_at(folder_fd: int, contexts: Contexts, *, io: bool) -> Process:
     """By the folder's descriptor all files are of one process, whatever becomes of the number."""
     text = _read(folder_fd, "stat", _STAT_BYTES)
-    cgroup_fd = os.open("cgroup", _READ, dir_fd=folder_fd)
-    try:
-        xid = contexts.xid_of_file(cgroup_fd)
-    finally:
-        os.close(cgroup_fd)
     number, _, rest = text.partition(b" (")
     name, _, after = rest.rpartition(b") ")
     fields = after.split()
+    xid = HOST if int(fields[6]) & _PF_KTHREAD else _find_xid(folder_fd, contexts)
     return Process(
         pid=int(number),
         xid=xid,
@@ -94,6 +92,14 @@ def _look_at(folder_fd: int, contexts: Contexts, *, io: bool) -> Process:
         resident=int(fields[21]) * PAGE,
         moved=_moved(folder_fd) if io and xid else None,
     )
+
+
+def _find_xid(folder_fd: int, contexts: Contexts) -> int:
+    fd = os.open("cgroup", _READ, dir_fd=folder_fd)
+    try:
+        return contexts.xid_of_file(fd)
+    finally:
+        os.close(fd)
 
 
 def _moved(folder_fd: int) -> int | None:

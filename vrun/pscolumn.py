@@ -7,11 +7,10 @@ anything, and a number in a name is never taken for the pid as long as nothing w
 """
 
 import re
-import unicodedata
-from collections.abc import Iterator
 from typing import Final
 
 from vrun.membership import HOST, SPECTATOR, Contexts
+from vrun.termtext import index_at
 
 WIDTH: Final = 20
 _HEADING: Final = "CONTEXT"
@@ -64,7 +63,7 @@ def _find_pid(row: str, column: int, contexts: Contexts) -> tuple[int, int | Non
     A row of a thread has a dash there: no pid. In one that was pushed the first process that is
     there counts.
     """
-    end = _index_at(row, column)
+    end = index_at(row, column)
     found = [match for match in _NUMBER.finditer(row) if match.end() >= end]
     if found and found[0].end() == end:
         return end, int(found[0][0])
@@ -74,24 +73,3 @@ def _find_pid(row: str, column: int, contexts: Contexts) -> tuple[int, int | Non
         if contexts.xid_of(int(match[0])) is not None:
             return match.end(), int(match[0])
     return found[0].end(), int(found[0][0])
-
-
-def _index_at(text: str, column: int) -> int:
-    """How many characters of `text` take `column` places on a terminal."""
-    if text.isascii():
-        return column
-    taken = 0
-    for index, width in enumerate(_widths(text)):
-        if taken >= column and width:
-            return index
-        taken += width
-    return len(text)
-
-
-def _widths(text: str) -> Iterator[int]:
-    """The places that each character takes, as wcwidth(3) has it."""
-    for char in text:
-        if unicodedata.combining(char) or unicodedata.category(char) in ("Mn", "Me", "Cf"):
-            yield 0
-        else:
-            yield 2 if unicodedata.east_asian_width(char) in "WF" else 1

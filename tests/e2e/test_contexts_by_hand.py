@@ -19,6 +19,7 @@ from tests.fixtures.vservers import SLEEPER, Host, host_for_guests, is_alive, wa
 pytestmark = need("root")
 
 BIN = Path(sys.executable).parent
+_CGROUPS = Path("/sys/fs/cgroup")
 _WAIT_S = 60
 _SECURE = 0xA44404FF
 """The bits of what a guest has by default; linux/capability.h."""
@@ -110,8 +111,9 @@ def leftovers(host: Host) -> list[str]:
     found += [f"{path}" for path in host.etc.rundir.glob(".xids/[0-9]*")]
     own = {f"{host.etc.rundir}/.xids/{host.state('web')['xid']}"}
     number = (host.etc.confdir / "off/context").read_text().strip()
-    groups = Path("/sys/fs/cgroup").glob(f"**/vservers/{number}")
-    return [*(set(found) - own), *(f"{path}" for path in groups)]
+    tops = [_CGROUPS, *_CGROUPS.iterdir()]
+    groups = [top / "vservers" / number for top in tops]
+    return [*(set(found) - own), *(f"{path}" for path in groups if path.is_dir())]
 
 
 # --- reducecap
@@ -227,7 +229,7 @@ def test_chbind_stays_in_its_context_and_leaves_no_group(host: Host, number: str
     assert f"/{number}/guest/chbind-" in group
     assert xid == number
     group = run("chbind", "--silent", "--ip", "127.0.9.1", "tail", "-n1", "/proc/self/cgroup")
-    assert not (Path("/sys/fs/cgroup/unified") / group.strip().removeprefix("0::/")).exists()
+    assert not any(folder.exists() for folder in v2_folders(group.strip().removeprefix("0::")))
 
 
 def test_a_context_made_by_a_bound_command_is_bound_too(host: Host, number: str) -> None:
@@ -240,26 +242,29 @@ def test_a_context_made_by_a_bound_command_is_bound_too(host: Host, number: str)
 
 def test_chbind_in_the_background_and_what_it_leaves(host: Host) -> None:
     words = ("chbind", "--silent", "--disconnect", "--ip", "127.0.9.1")
-    assert run(*words, "sh", "-c", "echo $$; exec sleep 1000 >/dev/null 2>&1").strip()
-    pid = next(
-        int(folder.name)
-        for folder in Path("/proc").glob("[0-9]*")
-        if is_sleeper(folder) and "/chbind-" in (folder / "cgroup").read_text()
-    )
+    seconds = f"1000.{os.getpid()}"  # nobody else sleeps that long
+    assert run(*words, "sleep", seconds) == ""
+    wait_until(lambda: bool(bound_sleepers(seconds)), _WAIT_S)
+    (pid,) = bound_sleepers(seconds)
     group = Path(f"/proc/{pid}/cgroup").read_text().splitlines()[-1].removeprefix("0::")
     os.kill(pid, signal.SIGKILL)
     wait_until(lambda: not any(folder.is_dir() for folder in v2_folders(group)), _WAIT_S)
     assert run(*words, "no-such-command", code=127) == ""
 
 
-def is_sleeper(folder: Path) -> bool:
-    with suppress(OSError):
-        return (folder / "cmdline").read_bytes() == b"sleep\x001000\x00"
-    return False
+def bound_sleepers(seconds: str) -> list[int]:
+    """The processes `sleep SECONDS` in groups of chbind."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            is_sleeper = (folder / "cmdline").read_text() == f"sleep\0{seconds}\0"
+            if is_sleeper and "/chbind-" in (folder / "cgroup").read_text():
+                found.append(int(folder.name))
+    return found
 
 
 def v2_folders(place: str) -> list[Path]:
-    return [Path("/sys/fs/cgroup") / top / place.strip("/") for top in ("", "unified")]
+    return [_CGROUPS / top / place.strip("/") for top in ("", "unified")]
 
 
 @pytest.mark.parametrize(
@@ -323,14 +328,15 @@ def test_a_secure_context_is_held_to_what_guests_are(
 ) -> None:
     script = (
         "cat /proc/self/status; mount -t tmpfs none /mnt && echo mounted; "
-        "mkdir /sys/fs/cgroup/*/byhand && echo moved; kill -KILL 1; unshare -U true && echo again"
+        "for top in /sys/fs/cgroup /sys/fs/cgroup/*/; do mkdir $top/byhand && echo moved; done; "
+        "kill -KILL 1; unshare -U true && echo again"
     )
     done = attempt("chcontext", "--silent", "--secure", "--xid", number, "sh", "-c", script)
     everything = bounding(Path("/proc/self/status").read_text())
     assert bounding(done.stdout) == _SECURE & everything
     assert re.search(r"^Seccomp:\s+2$", done.stdout, re.M)
     assert not re.search(r"^(mounted|moved|again)$", done.stdout, re.M)
-    assert not list(Path("/sys/fs/cgroup").glob("*/byhand"))
+    assert not any((folder / "byhand").exists() for folder in (_CGROUPS, *_CGROUPS.iterdir()))
 
 
 def test_spaces_of_a_context(host: Host, number: str) -> None:
@@ -367,8 +373,8 @@ def test_what_a_command_leaves_keeps_the_context(host: Host, number: str) -> Non
     words = ("chcontext", "--silent", "--xid", number)
     script = "sleep 1000 >/dev/null 2>&1 & echo left; exit 6"
     assert run(*words, "sh", "-c", script, code=6) == "left\n"
-    listed = run("chcontext", "--silent", "--xid", number, "ps", "axo", "comm")
-    assert listed.split().count("sleep") == 1
+    list_all = ("chcontext", "--silent", "--xid", number, "ps", "axo", "comm")
+    wait_until(lambda: run(*list_all).split().count("sleep") == 1, _WAIT_S)
     run("vkill", "-c", number, "-s", "TERM", "--", "-1")
 
 
@@ -395,11 +401,22 @@ def test_a_running_guest_is_joined_as_by_exec(host: Host) -> None:
         assert shown.split()[:2] == ["web", "bin"]
 
 
+def test_a_private_guest_is_not_joined(host: Host) -> None:
+    host.set_key("web", "cflags", "private")
+    try:
+        done = attempt("chcontext", "--xid", "web", "true")
+    finally:
+        (host.etc.confdir / "web/cflags").unlink()
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "private" in done.stderr
+
+
 def test_the_spectator_sees_all_processes(host: Host) -> None:
-    script = f"{BIN}/vps axo pid,comm; {BIN}/vserver-info - XID; exit 8"
+    script = f"{BIN}/vps axo pid,comm; {BIN}/vserver-stat; {BIN}/vserver-info - XID; exit 8"
     shown = run("chcontext", "--ctx", "1", "sh", "-c", script, code=8)
     assert re.search(r"^ *\d+ +1 ALL_PROC +ps$", shown, re.M)
     assert re.search(rf"^ *{host.init_pid('web')} +{host.state('web')['xid']} web ", shown, re.M)
+    assert re.search(r"^1 +\d+ .* monitoring server$", shown, re.M)
     assert shown.endswith("\n1\n")
     shown = run("chcontext", "--xid", "1", "--cap", "!kill", "cat", "/proc/self/status")
     assert not bounding(shown) & _KILL
