@@ -91,6 +91,7 @@ class Duty:
 
 def be_supervisor(duty: Duty) -> NoReturn:
     """Serve until no process of the guest is left. To be called in a forked process."""
+    gc.freeze()  # looking for garbage among what the monitor made would unshare its memory
     try:
         syscalls.set_name(heir.PROCESS_NAME.encode())
         syscalls.refuse_core_dumps()
@@ -174,7 +175,6 @@ class Supervisor:
         self._poll.register(duty.control.socket.fileno(), select.POLLIN)
         for fd in duty.listeners:
             self._add(fd)
-        gc.collect()
         gc.freeze()
         refuse_imports()
         if duty.predecessor is not None:
