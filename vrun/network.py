@@ -274,9 +274,13 @@ def _attributes_of(address: Address) -> dict[str, Any]:
 
 
 def _scope_of(address: Address) -> int:
-    """Where it is known; IPv4 only, and everywhere unless a file says otherwise."""
-    if address.scope is None or not address.is_ipv4:
+    """Where it is known; IPv4 only. Unless a file says otherwise that is everywhere, or the host
+    alone for one of the loopback network: the kernel takes no other.
+    """
+    if not address.is_ipv4:
         return 0
+    if address.scope is None:
+        return _SCOPES["host"] if address.ip.is_loopback else 0
     known = _SCOPES.get(address.scope)
     return int(address.scope) if known is None else known
 

@@ -66,10 +66,12 @@ def test_broadcast_scope_and_peer_are_the_configured_ones(lab: Lab) -> None:
         _address("10.6.0.5/24", broadcast=ip_address("10.6.0.9"), scope="link"),
         _address("10.8.0.1/32", peer=ip_address("10.8.0.2")),
         _address("10.7.0.1/32", scope="global"),
+        _address("127.7.1.9/8"),
     )
     assert "brd 10.6.0.9 scope link" in _shown(lab, "10.6.0.5/24")
     assert "10.8.0.1 peer 10.8.0.2/32" in _shown(lab, "10.8.0.1 ")
     assert "brd" not in _shown(lab, "10.7.0.1/32")
+    assert "scope host" in _shown(lab, "127.7.1.9/8")
     _take_down(lab, "web")
     assert lab.addresses() == _BEFORE
 
