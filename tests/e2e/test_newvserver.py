@@ -10,11 +10,17 @@ import pytest
 from tests.fixtures.filesystems import thaw_below
 from tests.fixtures.guestconfig import write_program
 from tests.fixtures.probes import need
-from tests.fixtures.vservers import SLEEPER, VSERVER, Host, host_for_guests, is_alive
+from tests.fixtures.vservers import (
+    SLEEPER,
+    Host,
+    free_number,
+    host_for_guests,
+    is_alive,
+    run_installed,
+)
 
 pytestmark = need("root")
 
-_NEW = os.fspath(VSERVER.with_name("newvserver"))
 _ADDRESS = f"10.78.{os.getpid() % 250}.7"
 
 
@@ -28,12 +34,7 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
 
 def dialog(*words: str, answers: str = "", code: int = 0) -> subprocess.CompletedProcess[str]:
     """`newvserver` as installed, with these lines typed; it must end with `code`."""
-    done = subprocess.run(
-        [_NEW, *words], input=answers, capture_output=True, text=True, timeout=100
-    )
-    assert "Traceback" not in done.stderr, done.stderr
-    assert done.returncode == code, f"{done.returncode}, {done.stdout}{done.stderr}"
-    return done
+    return run_installed("newvserver", *words, code=code, stdin=answers)
 
 
 def test_a_dialog_makes_a_guest_that_runs(host: Host) -> None:
@@ -45,7 +46,7 @@ def test_a_dialog_makes_a_guest_that_runs(host: Host) -> None:
     answers += [f"lo:{_ADDRESS}/32", "", "y", "y", "y"]
     host.names.append("web")
     (host.etc.confdir / ".defaults").mkdir()
-    (host.etc.confdir / ".defaults/context.next").write_text(_number(host))
+    (host.etc.confdir / ".defaults/context.next").write_text(free_number())
     done = dialog(answers="".join(f"{line}\n" for line in answers))
     for said in (
         "guest first is there already",
@@ -64,11 +65,6 @@ def test_a_dialog_makes_a_guest_that_runs(host: Host) -> None:
     folder = host.etc.confdir / "web"
     assert (folder / "apps/init/mark").read_text() == "default\n"
     assert (folder / "interfaces/0/ip").read_text() == f"{_ADDRESS}\n"
-
-
-def _number(host: Host) -> str:
-    """A context number that no other test has."""
-    return str(int((host.etc.confdir / "first/context").read_text()) + 20000)
 
 
 def test_without_questions_what_is_not_said_is_the_default(host: Host) -> None:

@@ -1,14 +1,12 @@
 """vattribute: what those may do who join a guest."""
 
-import os
 import re
-import subprocess
 from collections.abc import Iterator
 
 import pytest
 
 from tests.fixtures.probes import need
-from tests.fixtures.vservers import SLEEPER, VSERVER, Host, host_for_guests
+from tests.fixtures.vservers import SLEEPER, Host, host_for_guests, run_installed
 
 pytestmark = need("root")
 
@@ -23,10 +21,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
 
 def run(*words: str, code: int = 0) -> str:
     """What `vattribute` shows, which must end with `code`."""
-    command = [os.fspath(VSERVER.with_name("vattribute")), *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert "Traceback" not in done.stderr, done.stderr
-    assert done.returncode == code, f"{words}: {done.returncode}, {done.stdout}{done.stderr}"
+    done = run_installed("vattribute", *words, code=code)
     return done.stdout + done.stderr
 
 

@@ -1,7 +1,6 @@
 """vhalt, vreboot, vmount: from the host by name, and inside of a guest."""
 
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +18,9 @@ from tests.fixtures.vservers import (
     is_alive,
     wait_until,
 )
+from tests.fixtures.vservers import (
+    run_installed as run,
+)
 
 pytestmark = need("root")
 
@@ -29,14 +31,6 @@ _TOP = Path(__file__).parents[2]
 @pytest.fixture
 def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
     yield from host_for_guests(tmp_path, monkeypatch)
-
-
-def run(name: str, *words: str | Path, code: int = 0) -> subprocess.CompletedProcess[str]:
-    """One of the commands as installed, which must end with `code`."""
-    done = subprocess.run([_BIN / name, *words], capture_output=True, text=True, timeout=100)
-    assert "Traceback" not in done.stderr, done.stderr
-    assert done.returncode == code, f"{words}: {done.returncode}, {done.stdout}{done.stderr}"
-    return done
 
 
 # --- vhalt and vreboot

@@ -5,13 +5,13 @@ Runs where the controllers are in v1 hierarchies, and where they are in that of 
 
 import os
 import signal
-import subprocess
 from collections.abc import Iterator
 
 import pytest
 
 from tests.fixtures.probes import need
-from tests.fixtures.vservers import SLEEPER, VSERVER, Host, host_for_guests
+from tests.fixtures.vservers import SLEEPER, Host, host_for_guests
+from tests.fixtures.vservers import run_installed as run
 
 pytestmark = need("root")
 
@@ -40,15 +40,6 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
             host.vserver(name, "start")
         yield host
         next(made, None)
-
-
-def run(name: str, *words: str, code: int = 0) -> subprocess.CompletedProcess[str]:
-    """One of the commands as installed, which must end with `code`."""
-    command = [os.fspath(VSERVER.with_name(name)), *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert "Traceback" not in done.stderr, done.stderr
-    assert done.returncode == code, f"{words}: {done.returncode}, {done.stdout}{done.stderr}"
-    return done
 
 
 def row(text: str, name: str) -> list[str]:

@@ -10,7 +10,15 @@ import pytest
 
 from tests.fixtures.guestconfig import write_program
 from tests.fixtures.probes import need
-from tests.fixtures.vservers import SLEEPER, VSERVER, Host, host_for_guests, is_alive, wait_until
+from tests.fixtures.vservers import (
+    SLEEPER,
+    VSERVER,
+    Host,
+    host_for_guests,
+    is_alive,
+    run_installed,
+    wait_until,
+)
 
 pytestmark = need("root")
 
@@ -35,10 +43,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
 
 def everywhere(*words: str | Path, code: int = 0) -> subprocess.CompletedProcess[str]:
     """`vserver-all` as installed, which must end with `code`."""
-    done = subprocess.run([_ALL, *words], capture_output=True, text=True, timeout=100)
-    assert "Traceback" not in done.stderr, done.stderr
-    assert done.returncode == code, f"{words}: {done.returncode}, {done.stdout}{done.stderr}"
-    return done
+    return run_installed("vserver-all", *words, code=code)
 
 
 def lines(text: str) -> list[str]:

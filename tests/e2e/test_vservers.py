@@ -13,7 +13,15 @@ import pytest
 
 from tests.fixtures.guestconfig import write_program
 from tests.fixtures.probes import need
-from tests.fixtures.vservers import SLEEPER, VSERVER, Host, host_for_guests, is_alive, wait_until
+from tests.fixtures.vservers import (
+    SLEEPER,
+    VSERVER,
+    Host,
+    host_for_guests,
+    is_alive,
+    run_installed,
+    wait_until,
+)
 
 pytestmark = need("root")
 
@@ -27,10 +35,7 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
 
 def bulk(*words: str, code: int = 0) -> subprocess.CompletedProcess[str]:
     """`vservers` as installed, which must end with `code`."""
-    done = subprocess.run([VSERVERS, *words], capture_output=True, text=True, timeout=60)
-    assert "Traceback" not in done.stderr, done.stderr
-    assert done.returncode == code, f"{words}: {done.returncode}, {done.stdout}{done.stderr}"
-    return done
+    return run_installed("vservers", *words, code=code)
 
 
 def lines(text: str) -> list[str]:

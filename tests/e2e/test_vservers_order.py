@@ -10,7 +10,14 @@ import pytest
 
 from tests.fixtures.guestconfig import write_program
 from tests.fixtures.probes import need
-from tests.fixtures.vservers import SLEEPER, VSERVER, Host, grow_busybox, host_for_guests
+from tests.fixtures.vservers import (
+    SLEEPER,
+    VSERVER,
+    Host,
+    grow_busybox,
+    host_for_guests,
+    run_installed,
+)
 
 pytestmark = need("root")
 
@@ -29,10 +36,7 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
 
 def bulk(*words: str, code: int = 0) -> subprocess.CompletedProcess[str]:
     """`vservers` as installed, which must end with `code`."""
-    done = subprocess.run([VSERVERS, *words], capture_output=True, text=True, timeout=110)
-    assert "Traceback" not in done.stderr, done.stderr
-    assert done.returncode == code, f"{words}: {done.returncode}, {done.stdout}{done.stderr}"
-    return done
+    return run_installed("vservers", *words, code=code, timeout_s=110)
 
 
 def note_all(host: Host, log: Path) -> None:

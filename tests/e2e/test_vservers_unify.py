@@ -13,7 +13,7 @@ import pytest
 from tests.fixtures.filesystems import is_immutable, thaw_below
 from tests.fixtures.probes import need
 from tests.fixtures.runs import SETTLED_S
-from tests.fixtures.vservers import VSERVER, Host, host_for_guests, wait_until
+from tests.fixtures.vservers import VSERVER, Host, host_for_guests, run_installed, wait_until
 
 pytestmark = need("root", "immutable", "lease")
 
@@ -40,11 +40,8 @@ def add_file(root: Path, name: str) -> None:
 
 def unify(*words: str, code: int = 0) -> subprocess.CompletedProcess[str]:
     """`vservers unify` as installed, which must end with `code`."""
-    command = [os.fspath(VSERVERS), "unify", "--full-speed", *words]  # there may be much else to do
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
-    assert "Traceback" not in done.stderr, done.stderr
-    assert done.returncode == code, f"{words}: {done.returncode}, {done.stdout}{done.stderr}"
-    return done
+    # There may be much else to do.
+    return run_installed("vservers", "unify", "--full-speed", *words, code=code)
 
 
 def file_of(host: Host, guest: str, name: str) -> Path:

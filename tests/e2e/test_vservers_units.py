@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.fixtures.probes import need
-from tests.fixtures.vservers import SLEEPER, VSERVER, Host, host_for_guests, is_alive
+from tests.fixtures.vservers import SLEEPER, VSERVER, Host, host_for_guests, is_alive, run_installed
 
 VSERVERS = VSERVER.with_name("vservers")
 _UNITS = Path("etc/systemd/system")
@@ -16,10 +16,7 @@ _UNITS = Path("etc/systemd/system")
 
 def install(root: Path, *words: str, code: int = 0) -> str:
     """`vservers install-unit` below `root`, which must end with `code`; what it shows."""
-    command: list[str | Path] = [VSERVERS, "install-unit", "--root", root, *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert "Traceback" not in done.stderr, done.stderr
-    assert done.returncode == code, done.stdout + done.stderr
+    done = run_installed("vservers", "install-unit", "--root", root, *words, code=code)
     return done.stdout + done.stderr
 
 
