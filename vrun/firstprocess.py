@@ -16,6 +16,7 @@ from typing import Final, NoReturn
 from vrun import (
     birth,
     ceiling,
+    lxcfs,
     mounts,
     namespaces,
     outside,
@@ -137,6 +138,7 @@ def _root_options(context: Context) -> mounts.RootOptions:
         run_tmpfs=is_systemd,
         tun=owns_network and "tun_create" in spec.ncaps,
         console=True,
+        figures=lxcfs.find_files(spec.flags),
         devices=spec.devices,
         sysctls=spec.sysctls,
         mounts=spec.mounts,

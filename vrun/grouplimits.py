@@ -82,6 +82,14 @@ class _Writer:
             self._write("pids", "pids.max", "pids.max", str(limits.pids_max), "limit of processes")
 
     def write_cpu(self, cpu: CpuLimit, *, cpus: int) -> None:
+        """The token bucket as a quota, see the reference, 14.2.
+
+        A running task takes a token a tick, and each processor gets fill_rate of them every
+        interval: fill_rate / interval of each of `cpus` processors, and so
+        cpus * fill_rate / interval * 100 ms in every 100 ms (7 / 32 of two: 43.75 ms, cpu.max
+        "43750 100000"). A bucket that holds tokens-max lets a guest that has rested run ahead by so
+        many ticks of 1 ms; the kernel takes no burst above the quota (cpu.max.burst).
+        """
         if cpu.fill_rate is not None and cpu.interval:
             quota = max(_PERIOD_US * cpus * cpu.fill_rate // cpu.interval, _LEAST_QUOTA_US)
             self._write_quota(quota)

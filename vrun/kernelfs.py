@@ -10,6 +10,7 @@ import re
 import stat
 from collections.abc import Iterable
 from contextlib import ExitStack, suppress
+from pathlib import Path
 from typing import Final, Literal
 
 from vrun import mountcalls, mountfd
@@ -80,6 +81,8 @@ class ProcOptions:
     owns_network: bool = False
     sets_hostname: bool = False
     sysctls: tuple[Sysctl, ...] = ()
+    figures: tuple[Path, ...] = ()
+    """Files of the host that are mounted over those of the same names."""
 
 
 def is_own(setting: Sysctl, *, owns_network: bool) -> bool:
@@ -107,6 +110,23 @@ def mount_proc(root_fd: int, blank: Blank, options: ProcOptions) -> None:
         _restrict(proc_fd, blank)
         for name, fd in writable:
             _attach_below(proc_fd, name, fd)
+    for path in options.figures:
+        with mountfd.doing(f"{path}", f"/proc/{path.name}"):
+            _mount_figure(root_fd, path)
+
+
+def _mount_figure(root_fd: int, path: Path) -> None:
+    folder_fd = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        copy_fd = mountfd.copy(folder_fd, path.name)
+    finally:
+        os.close(folder_fd)
+    try:
+        quiet = mountfd.QUIET | mountcalls.MOUNT_ATTR_RDONLY
+        mountcalls.mount_setattr(copy_fd, attr_set=quiet)
+        mountfd.attach(copy_fd, root_fd, f"/proc/{path.name}", follow=False)
+    finally:
+        os.close(copy_fd)
 
 
 def mount_sys(root_fd: int, blank: Blank, cgroup: Literal["none", "ro", "rw"]) -> None:

@@ -67,6 +67,8 @@ class RootOptions:
     """/dev/net/tun (ncapability tun_create)."""
     console: bool = False
     """A terminal on /dev/console, whose other end enter_root() returns."""
+    figures: tuple[Path, ...] = ()
+    """Files of the host that stand in /proc for the kernel's of the same names: lxcfs's."""
     devices: tuple[Device, ...] = ()
     sysctls: tuple[Sysctl, ...] = ()
     mounts: tuple[Mount, ...] = ()
@@ -193,6 +195,7 @@ def _mount_kernel(tree_fd: int, blank: kernelfs.Blank, options: RootOptions) -> 
         owns_network=options.owns_network,
         sets_hostname=options.sets_hostname,
         sysctls=options.sysctls,
+        figures=options.figures,
     )
     kernelfs.mount_proc(tree_fd, blank, proc)
     kernelfs.mount_sys(tree_fd, blank, options.cgroup)

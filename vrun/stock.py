@@ -4,14 +4,11 @@ Each table gives for a word the reason that a person reads at start. A word that
 them does here what it did on the original's kernel.
 """
 
-from pathlib import Path
 from typing import Final
 
+from vrun import lxcfs
 from vrun.spec import Network
 from vrun.wordlist import Words
-
-LXCFS: Final = Path("/var/lib/lxcfs/proc")
-"""Where a running lxcfs offers files that show a guest its own memory, processors and load."""
 
 CFLAGS: Final = {
     "sched": "is a flag of kernel 2.4 and does nothing; use sched_hard",
@@ -30,8 +27,6 @@ CFLAGS: Final = {
 
 _OTHER_STACKS: Final = frozenset({"own", "join", "named"})
 """Networks that do not show the host's devices."""
-
-_LXCFS_FLAGS: Final = frozenset({"virt_mem", "virt_cpu", "virt_load"})
 
 CCAPS: Final = {
     "set_utsname": "sethostname(2) is refused inside; writing /proc/sys/kernel/hostname works",
@@ -103,17 +98,16 @@ CAPABILITIES: Final = {
 
 def cflags(words: Words, network: Network) -> list[str]:
     """The warnings for context flags that files name."""
-    has_lxcfs = LXCFS.is_dir()
+    has_lxcfs = lxcfs.folder().is_dir()
     found = []
     for word, where in words.named:
         if word == "hide_netif" and network in _OTHER_STACKS:
             continue
         if word in CFLAGS:
             found.append(_line(where, word, CFLAGS[word]))
-        elif word in _LXCFS_FLAGS and not has_lxcfs:
-            found.append(
-                _line(where, word, f"needs lxcfs, which does not run ({LXCFS} is missing)")
-            )
+        elif word in lxcfs.FILES and not has_lxcfs:
+            reason = f"needs lxcfs, which does not run ({lxcfs.folder()} is missing)"
+            found.append(_line(where, word, reason))
     return found
 
 

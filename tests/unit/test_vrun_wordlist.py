@@ -166,7 +166,7 @@ def test_what_is_taken_away_again_is_no_reason_to_warn(etc: Configuration) -> No
 def test_a_flag_that_cannot_be_had_is_named(
     etc: Configuration, word: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(stock, "LXCFS", tmp_path / "no lxcfs")
+    monkeypatch.setenv("VSERVER_LXCFS", str(tmp_path / "no lxcfs"))
     [warning] = etc.spec_of({"cflags": word}).warnings
     assert warning.startswith(f"{etc.confdir}/web/cflags:1: {word}: ")
 
@@ -174,7 +174,8 @@ def test_a_flag_that_cannot_be_had_is_named(
 def test_lxcfs_gives_a_guest_its_own_memory_and_load(
     etc: Configuration, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(stock, "LXCFS", tmp_path)
+    (tmp_path / "proc").mkdir()
+    monkeypatch.setenv("VSERVER_LXCFS", str(tmp_path))
     assert etc.spec_of({"cflags": "virt_mem,virt_cpu,virt_load"}).warnings == ()
 
 
