@@ -8,6 +8,7 @@ guest knows.
 import fcntl
 import logging
 import os
+import time
 from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from vstore.window import CGROUP_INTENT, OBJECTS_INTENT, Windows, parse_intent
 log = logging.getLogger(__name__)
 
 _LOCK_WAIT_S = 5.0
+_MEND_S = 1.0
 _EVERYTHING = range(1 << 64)
 
 
@@ -219,21 +221,37 @@ def _settle_object(pool: Pool, windows: Windows, name: str, *, is_trusted: bool)
 
 
 def _is_mended(windows: Windows, identity: Identity, fd: int) -> bool:
-    """Whether the frozen object has the metadata that its name states, put back if need be."""
-    flags = inode.get_flags(fd)
-    is_plain = not flags & inode.CHOSEN_FLAGS and not inode.project_id(fd)
-    if is_plain and _has_metadata(identity, fd):
-        return True
-    with suppress(OSError), windows.thawed(fd):
-        os.fchown(fd, identity.uid, identity.gid)
-        if not identity.xattrs:
-            inode.store_xattrs(fd, {})
-        os.fchmod(fd, identity.mode & 0o7777)
-        if inode.project_id(fd):
-            inode.put_project_id(fd, 0)
-        os.utime(fd, ns=(os.fstat(fd).st_atime_ns, identity.mtime_ns))
-        inode.put_flags(fd, (flags | inode.FS_IMMUTABLE_FL) & ~inode.CHOSEN_FLAGS)
-    return _has_metadata(identity, fd)
+    """Whether the frozen object has the metadata that its name states, put back if need be: again
+    and again for a while, since whoever changed them may do so in these windows too.
+    """
+    deadline = time.monotonic() + _MEND_S
+    while not (_is_plain(fd) and _has_metadata(identity, fd)):
+        if time.monotonic() > deadline or not _can_mend(identity, fd):
+            return _has_metadata(identity, fd)
+        with suppress(OSError), windows.thawed(fd):
+            _mend(identity, fd)
+    return True
+
+
+def _is_plain(fd: int) -> bool:
+    return not inode.get_flags(fd) & inode.CHOSEN_FLAGS and not inode.project_id(fd)
+
+
+def _can_mend(identity: Identity, fd: int) -> bool:
+    """A name states a digest of the extended attributes, from which no lost one comes back."""
+    return not identity.xattrs or digest_xattrs(fd) == identity.xattrs
+
+
+def _mend(identity: Identity, fd: int) -> None:
+    """Put the thawed inode's metadata right, and freeze it before anybody can come in between."""
+    xattrs = inode.load_xattrs(fd) if identity.xattrs else {}
+    os.fchown(fd, identity.uid, identity.gid)  # drops setuid bits and file capabilities, so first
+    inode.store_xattrs(fd, xattrs)
+    os.fchmod(fd, identity.mode & 0o7777)
+    if inode.project_id(fd):
+        inode.put_project_id(fd, 0)
+    os.utime(fd, ns=(os.fstat(fd).st_atime_ns, identity.mtime_ns))
+    inode.put_flags(fd, (inode.get_flags(fd) | inode.FS_IMMUTABLE_FL) & ~inode.CHOSEN_FLAGS)
 
 
 def _remove_spare(windows: Windows, stage_fd: int, name: str) -> None:

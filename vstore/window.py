@@ -101,7 +101,6 @@ class Windows:
         self._most_lingering = find_linger_limit()
         self._lingering: deque[tuple[float, bytes, list[int]]] = deque()
         self._lingering_fds = 0
-        self._looks: dict[int, Look] = {}  # of those that linger, before their windows
         self._unsettled: set[int] = set()  # thawed, or frozen while somebody still waits
         self._kept: set[int] = set()  # of them those whose batch is over
         self._is_doubtful = False
@@ -154,8 +153,6 @@ class Windows:
         `repel_writers`, or when somebody keeps on changing them.
         """
         before = Look.at(fd) if self._linger_s else None
-        if before is not None:
-            self._looks.setdefault(fd, before)
         self._unsettled.add(fd)
         try:
             _clear_immutable(fd)
@@ -174,7 +171,11 @@ class Windows:
         self._unsettled.discard(fd)
 
     def _put_back(self, fd: int, before: Look) -> None:
-        """Undo what somebody did in the window; he may do it again in the ones that this takes."""
+        """Undo what somebody did in the window; he may do it again in the ones that this takes.
+
+        Nobody does it later: the kernel looks at the flag and changes metadata under one lock of
+        the inode, which freezing takes too (`vfs_fileattr_set` and `notify_change`).
+        """
         log.warning("attack: a shared file's metadata were changed inside a window; put back")
         deadline = time.monotonic() + _PUT_BACK_S
         while (now := Look.at(fd)) != before:
@@ -248,7 +249,6 @@ class Windows:
         self.let_all_go()
         for fd in sorted(self._kept):
             if self._settle(fd):
-                self._looks.pop(fd, None)
                 self._give_up(fd)
                 os.close(fd)
                 self._kept.discard(fd)
@@ -265,9 +265,6 @@ class Windows:
         while self._lingering and self._lingering[0][0] <= now:
             _, key, fds = self._lingering.popleft()
             self._lingering_fds -= len(fds)
-            for fd in fds:
-                with suppress(OSError, ToolError):
-                    self._settle_look(fd)
             kept = self._release(key, fds)
             for fd in fds:
                 if fd not in kept:
@@ -292,7 +289,6 @@ class Windows:
         kept = set()
         for fd in fds:
             if self._settle(fd):
-                self._looks.pop(fd, None)
                 self._give_up(fd)
             else:
                 kept.add(fd)
@@ -329,19 +325,6 @@ class Windows:
             self._unsettled.add(fd)
             return False
         return True
-
-    def _settle_look(self, fd: int) -> None:
-        """No lease holds up who changes metadata: one that was preempted in the window may have
-        done so after it.
-        """
-        before = self._looks.get(fd)
-        if before is None or Look.at(fd) == before:
-            return
-        self._locks.take([os.fstat(fd).st_ino])
-        try:
-            self._put_back(fd, before)
-        finally:
-            self._locks.drop()
 
     # --- notes for those who come after us
 

@@ -22,6 +22,7 @@ from tests.fixtures.runs import find_faults
 from tests.fixtures.sshd import PROGRAM, Machines, remote_command, two_machines
 from tests.fixtures.tampering import KINDS, tampering
 from tests.fixtures.trees import COPY_MAY_DIFFER, File, Row, differences, snapshot
+from tests.fixtures.windows import wait_for
 
 pytestmark = [need("root", "immutable", "lease", "sshd"), on("ext4")]
 
@@ -230,13 +231,17 @@ def test_a_full_disk_there_leaves_the_target_and_keeps_what_arrived(
 
 @pytest.mark.timeout(120)
 def test_a_source_that_changes_all_the_time_is_named(machines: Machines, tool: Tool) -> None:
-    script = "while :; do printf x >>$0/var/log/big; done"
-    with subprocess.Popen(["sh", "-c", script, machines.here.root("web")]) as writing:
+    """It takes longer to read than a busy machine keeps the writer from its turn."""
+    big = machines.here.root("web") / "var/log/big"
+    big.write_bytes(os.urandom(64 << 20))
+    script = 'while :; do printf x >>"$0"; done'
+    with subprocess.Popen(["sh", "-c", script, big]) as writing:
         try:
+            wait_for(lambda: big.stat().st_size > 64 << 20)
             done = tool("vserver-copy", *_command(machines, "-q")[1:])
         finally:
             writing.kill()
     assert done.returncode == 20, done.stderr
     assert "var/log/big: changed while it was read" in done.stderr
-    assert (machines.there.root("web") / "var/log/big").stat().st_size >= 3 << 20
+    assert (machines.there.root("web") / "var/log/big").stat().st_size >= 64 << 20
     _finish(tool, machines, "--refresh")

@@ -3,7 +3,7 @@
 import os
 import subprocess
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from time import monotonic, sleep
 
 import pytest
@@ -107,6 +107,27 @@ def test_who_arrives_at_the_lease_after_the_freeze_does_not_get_through_at_its_e
         sleep(0.02)
         assert process.poll() is None
         assert shared.is_untouched()
+
+
+@_one
+def test_what_was_put_right_while_a_lease_lingered_stays_so(shared: Shared) -> None:
+    """A holder that was killed in its window has left a change, which recovery finds only when the
+    next window on the file is over.
+    """
+    _change(shared, lambda: os.setxattr(shared.object, "user.evil", b"1"))
+    with own_windows(shared.pool, linger_s=0.2) as (windows, _, _):
+        fd = shared.open()
+        with windows.guard([fd]), windows.thawed(fd):
+            pass
+        _change(shared, lambda: os.removexattr(shared.object, "user.evil"))
+        windows.close()
+    assert "user.evil" not in os.listxattr(shared.object)
+
+
+def _change(shared: Shared, change: Callable[[], None]) -> None:
+    subprocess.run(["chattr", "-i", shared.object], check=True)
+    change()
+    subprocess.run(["chattr", "+i", shared.object], check=True)
 
 
 @_one

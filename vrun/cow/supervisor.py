@@ -51,6 +51,7 @@ _OPEN_FILES: Final = 1 << 16
 _MOST_COPIES: Final = 4
 _QUIET_MS: Final = 50.0
 _LOOK_AGAIN_S: Final = 0.02
+_SETTLE_AGAIN_S: Final = 0.5
 _HELD_S: Final = 10.0
 """How long a call waits at most: leases linger for seconds after somebody has attacked a file. One
 that is open for writing all the time is not to be had: EBUSY.
@@ -156,8 +157,9 @@ class Supervisor:
         self._control = duty.control
         allow_open_files()
         pool = Pool.load(duty.pool)
+        self._settle_again_s = 0.0
         if duty.bequest is not None:
-            duty.bequest.take_over(lambda leased: settle_stage(pool, duty.stage_fd, leased))
+            duty.bequest.take_over(lambda leased: self._settle(pool, leased))
         recover(pool)
         windows = Windows(
             duty.keeper, pool_fd=pool.fd, stage_fd=duty.stage_fd, linger_s=duty.linger_s
@@ -181,6 +183,13 @@ class Supervisor:
             heir.take_place(duty.predecessor)
             heir.announce(duty.name)
         duty.control.send(SETTLED)
+
+    def _settle(self, pool: Pool, leased: Sequence[int] = ()) -> None:
+        """Put right what is left in the stage; what another program's window keeps from that has
+        its turn later.
+        """
+        is_settled = settle_stage(pool, self._duty.stage_fd, leased)
+        self._settle_again_s = 0.0 if is_settled else time.monotonic() + _SETTLE_AGAIN_S
 
     def serve(self) -> NoReturn:
         """Serve for good."""
@@ -356,7 +365,7 @@ class Supervisor:
         if self._shop.windows.attacks:
             self._tell_attacks()
         due_s = self._shop.windows.next_due
-        if due_s is None and not self._waiting:
+        if due_s is None and not self._waiting and not self._settle_again_s:
             return None if self._is_prepared else _QUIET_MS
         now = time.monotonic()
         if due_s is not None and due_s <= now:
@@ -364,9 +373,14 @@ class Supervisor:
             self._shop.windows.idle()
         if self._waiting:
             self._look_again(now)
+        if self._settle_again_s and self._settle_again_s <= now:
+            self._shop.roots.go_home()
+            self._settle(self._shop.pool)
         due = [waiting.due_s for waiting in self._waiting]
         if self._shop.windows.next_due is not None:
             due.append(self._shop.windows.next_due)
+        if self._settle_again_s:
+            due.append(self._settle_again_s)
         return max(0.0, min(due) - time.monotonic()) * 1000 if due else None
 
     def _tell_attacks(self) -> None:
