@@ -40,9 +40,10 @@ from bench import (
     startreport,
     starts,
 )
+from bench.calls import BenchError
 from bench.cases import Options, Results
 from bench.figures import Target, scale_targets, unify_targets
-from bench.images import FILE_SYSTEMS, BenchError, enter_mount_namespace
+from bench.images import FILE_SYSTEMS, enter_mount_namespace
 from bench.report import Listed, Report
 from bench.rivals import PROGRAMS, VUNIFY, Program
 from bench.seeded import KINDS

@@ -17,7 +17,8 @@ from typing import Final
 
 import msgspec
 
-from bench.wires import THERE, Wire, call
+from bench.calls import call
+from bench.wires import THERE, Wire
 from tests.fixtures.delaying import delaying
 from vstore.copy.access import Access, Session
 from vstore.copy.messages import Contents, Dialogue, Piece, Same, Served, greet

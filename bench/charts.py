@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from bench.images import BenchError
+from bench.calls import BenchError
 
 _INK: Final = "#7a7a7a"
 """4.3 : 1 against white and against black."""

@@ -19,10 +19,10 @@ from time import perf_counter
 from typing import Final
 
 from bench import channels
+from bench.calls import BenchError, call
 from bench.channels import Carried
 from bench.figures import Spread, Target, spread
-from bench.images import BenchError
-from bench.wires import THERE, Wire, call, joined
+from bench.wires import THERE, Wire, joined
 from tests.fixtures.filesystems import mount_image, remove
 from tests.fixtures.guests import SMALL, WEB, Recipe, build, personalise, unpack
 from tests.fixtures.sshd import remote_command

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Final
 
 from bench import cowmemory, cowturns, postgres
+from bench.calls import BenchError, call
 from bench.cowmemory import Memory
 from bench.cowturns import PGBENCH, SQLITE, TAR, Turns
 from bench.figures import Target, spread
-from bench.images import BenchError
 from bench.report import (
     FORMAT,
     Machine,
@@ -168,7 +168,7 @@ def measure(rounds: int, file_system: str, *, is_small: bool) -> Results:
                     continue
                 try:
                     seconds = _run(site, place, loops, turn)
-                except (OSError, ValueError, subprocess.SubprocessError) as error:
+                except (OSError, ValueError, BenchError) as error:
                     missing[place] = str(error)[-300:]
                     log.warning("%s: %s", place, error)
                 else:
@@ -221,7 +221,7 @@ def _site(folder: Path, file_system: str, files: int, missing: dict[str, str]) -
     try:
         yield site
     finally:
-        with suppress(subprocess.SubprocessError):
+        with suppress(BenchError):
             _command(site, _BIN / "vserver", "web", "stop")
 
 
@@ -245,19 +245,8 @@ def _add_work(root: Path, files: int) -> None:
         subprocess.run(["tar", "-cf", root / "srv/files.tar", "-C", tree, "."], check=True)
 
 
-def _command(site: Site, *argv: str | Path, timeout_s: float = _TIMEOUT_S) -> str:
-    done = subprocess.run(
-        argv,
-        env=site.environment,
-        capture_output=True,
-        text=True,
-        timeout=timeout_s,
-        stdin=subprocess.DEVNULL,
-        check=False,
-    )
-    if done.returncode:
-        raise OSError(f"{argv[0]} ended with {done.returncode}: {done.stderr[-200:]}")
-    return done.stdout
+def _command(site: Site, *argv: str | Path) -> str:
+    return call(*argv, env=site.environment, timeout_s=_TIMEOUT_S)
 
 
 def _inside(site: Site, place: str) -> list[str]:

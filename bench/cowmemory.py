@@ -20,8 +20,8 @@ from pathlib import Path
 from time import monotonic, sleep
 from typing import Final
 
+from bench.calls import BenchError, call
 from bench.guestsite import family, held
-from bench.images import BenchError
 from tests.fixtures import guests
 from tests.fixtures.filesystems import mount_image
 from tests.fixtures.guestconfig import write_keys
@@ -90,7 +90,7 @@ def measure(folder: Path, *, count: int = 20) -> list[Memory]:
         site = _Site(folder, count)
         site.make()
         return [site.measure(state) for state in STATES]
-    except (OSError, subprocess.SubprocessError) as error:
+    except OSError as error:
         raise BenchError(f"memory of guests: {error}") from error
 
 
@@ -166,7 +166,7 @@ class _Site:
             try:
                 if "200 OK" in self._run(_BIN / "vserver", name, "exec", "bash", "-c", _SERVED):
                     return
-            except OSError as error:
+            except BenchError as error:
                 if monotonic() > deadline:
                     raise BenchError(f"{name}: its server does not answer: {error}") from error
             sleep(0.05)
@@ -233,7 +233,7 @@ class _Site:
             device = self._run("losetup", "--find", "--show", "--direct-io=on", image).strip()
             try:
                 self._run("mount", "-t", "xfs", device, self._mount)
-            except OSError:
+            except BenchError:
                 if monotonic() > deadline:
                     raise
             else:
@@ -243,18 +243,7 @@ class _Site:
             sleep(0.2)
 
     def _run(self, *argv: str | Path) -> str:
-        done = subprocess.run(
-            argv,
-            env=self._environment,
-            capture_output=True,
-            text=True,
-            timeout=_TIMEOUT_S,
-            stdin=subprocess.DEVNULL,
-            check=False,
-        )
-        if done.returncode:
-            raise OSError(f"{argv[0]} ended with {done.returncode}: {done.stderr[-300:]}")
-        return done.stdout
+        return call(*argv, env=self._environment, timeout_s=_TIMEOUT_S)
 
     @property
     def _environment(self) -> dict[str, str]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from bench.images import BenchError
+from bench.calls import BenchError
 from tests.fixtures.guests import (
     SMALL,
     WEB,

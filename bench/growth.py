@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Final
 
 from bench import datasets
+from bench.calls import BenchError
 from bench.datasets import Herd
 from bench.figures import MIB
-from bench.images import BenchError, free_bytes, new_image
+from bench.images import free_bytes, new_image
 from bench.ledger import allocated
 from bench.measure import run_timed
 from bench.report import FORMAT, Machine, show_machine, table

@@ -16,7 +16,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Final
 
-from bench.images import BenchError
+from bench.calls import BenchError
 from tests.fixtures.vservers import grow_busybox
 
 ONCE: Final = "echo >/mark"

@@ -17,6 +17,8 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Final
 
+from bench.calls import call
+
 log = logging.getLogger(__name__)
 
 _IN_NAMESPACE: Final = "VBENCH_MOUNTS"
@@ -31,10 +33,6 @@ _MKFS: Final = {
     "btrfs": ["mkfs.btrfs", "-q", "-f"],
 }
 _OPTIONS: Final = {"xfs": "loop,noatime,nouuid", "ext4": "loop,noatime", "btrfs": "loop,noatime"}
-
-
-class BenchError(Exception):
-    """What keeps the benchmark from running, in words for a person."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,17 +57,6 @@ def enter_mount_namespace(arguments: list[str]) -> None:
     os.execvp(private[0], [*private, *again])  # noqa: S606 (a shell is what we do not want)
 
 
-def run(*command: str | Path) -> None:
-    """Run a system program quietly. Raises BenchError with what it said."""
-    words = [os.fspath(word) for word in command]
-    try:
-        done = subprocess.run(words, capture_output=True, text=True, check=False)
-    except FileNotFoundError as error:
-        raise BenchError(f"{words[0]} is not installed") from error
-    if done.returncode:
-        raise BenchError(f"{' '.join(words)}: {done.stderr.strip() or done.returncode}")
-
-
 @contextmanager
 def new_image(
     work: Path, file_system: str, *, size: int, inodes: int
@@ -81,7 +68,7 @@ def new_image(
     with TemporaryFile(dir=work) as file:
         file.truncate(size)
         inode_option = ["-N", str(inodes)] if file_system == "ext4" else []
-        run(*_MKFS[file_system], *inode_option, _name(file.fileno()))
+        call(*_MKFS[file_system], *inode_option, _name(file.fileno()))
         with _mounted(file.fileno(), work, file_system) as root:
             yield Image(os.dup(file.fileno()), file_system), root
 
@@ -126,8 +113,8 @@ def _mounted(fd: int, work: Path, file_system: str) -> Iterator[Path]:
     root.mkdir(mode=0o700)
     try:
         if file_system == "btrfs":  # copies share a UUID; an older one than known is refused
-            run("btrfs", "device", "scan", "--forget")
-        run("mount", "-t", file_system, "-o", _OPTIONS[file_system], _name(fd), root)
+            call("btrfs", "device", "scan", "--forget")
+        call("mount", "-t", file_system, "-o", _OPTIONS[file_system], _name(fd), root)
         try:
             yield root
         finally:
@@ -146,12 +133,12 @@ def _unmount(root: Path) -> None:
             return
         time.sleep(0.1)
     log.warning("the image is still in use; it is detached once that ends")
-    run("umount", "--lazy", root)
+    call("umount", "--lazy", root)
 
 
 def flush(root: Path) -> None:
     """Write all that is dirty on the file system at `root`. See syncfs(2)."""
-    run("sync", "--file-system", root)
+    call("sync", "--file-system", root)
 
 
 def free_bytes(root: Path) -> int:

@@ -14,7 +14,7 @@ from resource import struct_rusage
 from time import perf_counter, sleep
 from typing import IO, Final
 
-from bench.images import BenchError
+from bench.calls import BenchError
 
 log = logging.getLogger(__name__)
 

@@ -8,11 +8,10 @@ Neither a cluster is made nor a server started: who measures does that, in a fol
 import os
 import platform
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Final
 
-from bench.images import BenchError
+from bench.calls import BenchError, call
 from tests.fixtures import guests
 
 _PACKAGE: Final = "postgresql-15"
@@ -41,7 +40,7 @@ def install(root: Path, release: str) -> None:
             _run("chroot", root, "dpkg", "--force-confold", "-i", *names)
         finally:
             policy.unlink()
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, BenchError) as error:
         raise BenchError(f"PostgreSQL cannot be installed: {error}") from error
     finally:
         shutil.rmtree(packages)
@@ -61,15 +60,9 @@ def _fetch(root: Path, kept: Path) -> list[Path]:
     return list(newest.values())
 
 
-def _run(*argv: str | Path) -> None:
-    done = subprocess.run(
-        argv,
+def _run(*command: str | Path) -> None:
+    call(
+        *command,
         env=os.environ | {"DEBIAN_FRONTEND": "noninteractive", "LC_ALL": "C"},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=_TIMEOUT_S,
-        check=False,
+        timeout_s=_TIMEOUT_S,
     )
-    if done.returncode:
-        raise OSError(f"{argv[0]} ended with {done.returncode}: {done.stderr[-300:].strip()}")

@@ -22,6 +22,7 @@ from typing import Final
 
 from bench import bulk
 from bench.bulk import Bulk
+from bench.calls import BenchError
 from bench.figures import MIB, Spread, Target, spread
 from bench.guestsite import (
     ONCE,
@@ -38,7 +39,6 @@ from bench.guestsite import (
     program,
     running,
 )
-from bench.images import BenchError
 from bench.report import Listed
 
 log = logging.getLogger(__name__)

@@ -5,14 +5,13 @@ of its own. What goes over the wire is read from the counters of its device.
 """
 
 import os
-import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from bench.images import BenchError
+from bench.calls import BenchError, call
 from tests.fixtures.filesystems import Filesystem, Site, make_site
 from tests.fixtures.sshd import Server, run_sshd
 
@@ -102,12 +101,3 @@ def joined(mount: Path) -> Iterator[Wire]:
 def _drop(name: str) -> None:
     with suppress(BenchError):
         call("ip", "netns", "delete", name)
-
-
-def call(*command: str | Path) -> str:
-    """What a program prints. Raises BenchError with its complaint."""
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        words: Sequence[str] = [os.fspath(word) for word in command]
-        raise BenchError(f"{' '.join(words)}: {done.stderr.strip() or done.returncode}")
-    return done.stdout
