@@ -106,6 +106,8 @@ class Windows:
         self._is_doubtful = False
         self.has_doubts = False
         """Whether intents were left for recovery; who has them settled says False."""
+        self._is_holding = False
+        self._over: list[bytes] = []  # intents that are removed when guests run again
         self._count = 0
         self._token = secrets.token_hex(4).encode()
         self.attacks: list[Attack] = []
@@ -138,6 +140,8 @@ class Windows:
                 kept = self._let_go(key, leased)
                 if self._is_doubtful:
                     self.has_doubts = True
+                elif self._is_holding:
+                    self._over += intents
                 else:
                     self._unlink(intents)
         finally:
@@ -221,21 +225,24 @@ class Windows:
         """Note that these cgroups (path -> open `cgroup.freeze`) may be frozen:
 
         if we die inside, they run again. Those that the administrator has frozen are left out.
+        No file is deleted meanwhile: on xfs that may wait until many that were before it are gone.
         Raises PoolBusy, NoSpace, OSError.
         """
         ours = {path: fd for path, fd in cgroups.items() if not freezer.is_frozen(fd)}
-        if not ours:
-            yield
-            return
         intents = self._symlink(
             {b"%s%d" % (CGROUP_INTENT, at): os.fsencode(path) for at, path in enumerate(ours)}
         )
+        self._is_holding = True
         try:
-            self._tell(b"+" + CGROUPS, list(ours.values()))
+            if ours:
+                self._tell(b"+" + CGROUPS, list(ours.values()))
             yield
         finally:
-            self._tell(b"-" + CGROUPS, ())
-            self._unlink(intents)
+            self._is_holding = False
+            if ours:
+                self._tell(b"-" + CGROUPS, ())
+            self._unlink([*intents, *self._over])
+            self._over.clear()
 
     # --- leases that outlive their windows
 

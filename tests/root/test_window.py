@@ -491,8 +491,11 @@ def test_a_signal_from_the_terminal_or_the_service_manager_does_not_end_a_window
         _, holder = next(answers)
         os.kill(holder, number)
         sleep(0.05)
-        state = Path(f"/proc/{holder}/stat").read_text().rpartition(")")[2].split()[0]
-        assert state == "S", "the holder of a window was ended or stopped"
+        wait_for(lambda: _state_of(holder) == "S")  # neither stopped nor ended
         go_on.send(b"!")
         assert list(answers) == []
     assert find_faults(shared.pool.path) == []
+
+
+def _state_of(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
