@@ -23,7 +23,7 @@ from vstore.member import Member
 from vstore.plan import KnownObject, Rules, Slot, plan_group, take_turns
 from vstore.pool import Pool, find_file_system
 from vstore.reading import LeftAlone
-from vstore.recovery import is_sound
+from vstore.recovery import is_put_right, is_sound
 from vstore.scan import Tree, open_below
 from vstore.standstill import Standstill
 from vstore.window import Windows
@@ -387,11 +387,10 @@ class Linker:
             if not inode.is_immutable(item.fd):
                 self._windows.freeze(item.fd)
             return True
-        reason = "its content or metadata are not what its name says"
-        if inode.is_immutable(item.fd):
-            with self._windows.thawed(item.fd):
-                self._pool.quarantine(item.name, reason)
-        else:
+        if is_put_right(self._windows, item.name, item.fd):
+            return True
+        with self._windows.thawed(item.fd):
+            reason = "its content or metadata are not what its name says"
             self._pool.quarantine(item.name, reason)
         self._answer(item.slot.members, RETRY)
         return False

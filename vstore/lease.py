@@ -47,6 +47,12 @@ def is_unbroken(fd: int) -> bool:
     return fcntl.fcntl(fd, fcntl.F_GETLEASE) == fcntl.F_RDLCK
 
 
+def is_held(fd: int) -> bool:
+    """Whether there is a lease on `fd`, be it that somebody has asked for it."""
+    lines = Path(f"/proc/self/fdinfo/{fd}").read_text().splitlines()
+    return any(line.startswith("lock:") and "LEASE" in line.split() for line in lines)
+
+
 def release(fd: int) -> None:
     """Give the lease on `fd` up; whoever waited goes on."""
     fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)

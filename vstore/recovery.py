@@ -10,12 +10,14 @@ import logging
 import os
 import time
 from collections.abc import Container, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from vstore import freezer, inode, lease
 from vstore.digest import digest_content
 from vstore.errors import PoolBusy, ToolError
+from vstore.hold import find_linger_s
+from vstore.look import Look
 from vstore.objectlock import ObjectLocks
 from vstore.pool import Identity, Pool, digest_xattrs, parse_object
 from vstore.repel import repel_writers
@@ -24,42 +26,47 @@ from vstore.window import CGROUP_INTENT, OBJECTS_INTENT, Windows, parse_intent
 log = logging.getLogger(__name__)
 
 _LOCK_WAIT_S = 5.0
-_MEND_S = 1.0
+_LEASE_WAIT_S = 1.0
+_LEASE_PAUSE_S = 0.01
 _EVERYTHING = range(1 << 64)
 
 
-def recover(pool: Pool) -> None:
-    """Settle every stage folder that its program left behind. The pool's lock is held, shared or
-    not.
+def recover(pool: Pool, windows: Windows | None = None) -> bool:
+    """Settle every stage folder that its program left behind; whether all of them are. The pool's
+    lock is held, shared or not.
 
-    Raises OSError where the stage itself cannot be read.
+    `windows` as for `settle_stage`. Raises OSError where the stage itself cannot be read.
     """
     try:
         stage = os.open("stage", inode.OPEN_FOLDER, dir_fd=pool.fd)
     except FileNotFoundError:
-        return
+        return True
     try:
-        for name in os.listdir(stage):  # noqa: PTH208 - a descriptor
-            _recover_folder(pool, f"stage/{name}")
+        names = os.listdir(stage)  # noqa: PTH208 - a descriptor
     finally:
         os.close(stage)
+    with _opened(pool, windows) as opened:
+        return all([_recover_folder(pool, f"stage/{name}", opened) for name in names])
 
 
-def settle_stage(pool: Pool, stage_fd: int, leased: Sequence[int] = ()) -> bool:
+def settle_stage(
+    pool: Pool, stage_fd: int, leased: Sequence[int] = (), windows: Windows | None = None
+) -> bool:
     """Empty one worker's stage folder: objects that were left thawed are frozen, spares go, guests
     run again. In this order, and no step keeps the next ones from being done.
 
     `leased` are descriptors of inodes whose leases the dead worker's keeper still holds: nobody
-    wrote to them. Returns whether all is settled; if not, the folder's intents stay and say what is
-    to be done.
+    wrote to them. `windows` are the caller's, where somebody keeps them. Returns whether all is
+    settled; if not, the folder's intents stay and say what is to be done.
     """
     settling = _Settling(pool, stage_fd)
     settling.freeze_leased(leased)
     with settling.step("the stage cannot be read"):
         settling.read_stage()
-        with own_windows(pool) as windows:
-            settling.settle_objects(windows)
-            settling.remove_spares(windows)
+        with _opened(pool, windows) as opened:
+            settling.settle_objects(opened)
+            settling.remove_spares(opened)
+            settling.let_linger(opened)
     settling.thaw_guests()
     if settling.is_complete:
         with settling.step("the stage cannot be emptied"):
@@ -77,13 +84,26 @@ def is_sound(name: str, fd: int) -> bool:
     return _has_metadata(identity, fd) and _has_content(identity, fd)
 
 
-@contextmanager
-def own_windows(pool: Pool, stage_fd: int | None = None) -> Iterator[Windows]:
-    """Windows of this process that nobody keeps: for repairs, where no worker is.
+def is_put_right(windows: Windows, name: str, fd: int, *, is_trusted: bool = False) -> bool:
+    """Whether the guarded inode behind `fd` is what the object name says, after all that can be put
+    right was, and is frozen. `is_trusted`: its content need not be read.
 
-    Without `stage_fd` no intent is made: there is one already.
+    Raises OSError, ValueError, PoolBusy.
     """
-    windows = Windows(None, pool_fd=pool.fd, stage_fd=stage_fd, linger_s=0.0)
+    identity, _ = parse_object(name.split("/")[1])
+    windows.freeze(fd)
+    return _is_mended(windows, identity, fd) and (is_trusted or _has_content(identity, fd))
+
+
+@contextmanager
+def _opened(pool: Pool, windows: Windows | None) -> Iterator[Windows]:
+    """These windows, or else some of this process that nobody keeps, and that make no intents:
+    there is one already.
+    """
+    if windows is not None:
+        yield windows
+        return
+    windows = Windows(None, pool_fd=pool.fd, stage_fd=None, linger_s=find_linger_s)
     try:
         yield windows
     finally:
@@ -112,7 +132,7 @@ class _Settling:
     is_complete: bool = True
     intents: list[str] = field(default_factory=list)
     _numbers: set[int] = field(default_factory=set)
-    _trusted: set[int] = field(default_factory=set)
+    _trusted: dict[int, int] = field(default_factory=dict)  # inode number -> descriptor
     _cgroups: list[str] = field(default_factory=list)
     _spares: list[str] = field(default_factory=list)
 
@@ -151,7 +171,7 @@ class _Settling:
             inode.set_immutable(fd)
             if not lease.is_unbroken(fd):
                 repel_writers(fd)
-            self._trusted.add(number)
+            self._trusted[number] = fd
         except (OSError, ToolError) as error:
             self.is_complete = False
             os.dup(fd)  # keeps the lease as long as this process lives
@@ -181,7 +201,13 @@ class _Settling:
     def remove_spares(self, windows: Windows) -> None:
         for name in self._spares:
             with self.step(f"{name} cannot be removed from the stage"):
-                _remove_spare(windows, self.stage_fd, name)
+                _remove_spare(windows, self.stage_fd, name, self._trusted)
+
+    def let_linger(self, windows: Windows) -> None:
+        """Somebody may be late for a lease that its holder has left behind."""
+        with self.step("leases cannot be kept"):
+            held = [fd for fd in self._trusted.values() if lease.is_held(fd)]
+            windows.linger([os.dup(fd) for fd in held])
 
     def thaw_guests(self) -> None:
         for path in self._cgroups:
@@ -204,92 +230,94 @@ def _settle_object(pool: Pool, windows: Windows, name: str, *, is_trusted: bool)
 
     `is_trusted`: its lease was never given up, so its content need not be read.
     """
-    identity, _ = parse_object(name.split("/")[1])
+    deadline = time.monotonic() + _LEASE_WAIT_S
+    while not _is_settled(pool, windows, name, is_trusted, deadline):
+        time.sleep(_LEASE_PAUSE_S)
+
+
+def _is_settled(pool: Pool, windows: Windows, name: str, is_trusted: bool, deadline: float) -> bool:
+    """False: somebody has it open for writing, and may only be on his way out: who waited in a
+    lease and was turned away is counted as a writer until he has had his turn.
+    """
     fd = pool.open_object(name)
     with windows.guard([fd]) as refused:
-        windows.freeze(fd)
         if is_trusted or not refused:
-            if _is_mended(windows, identity, fd) and (is_trusted or _has_content(identity, fd)):
-                return
+            if is_put_right(windows, name, fd, is_trusted=is_trusted):
+                return True
             reason = "its content or metadata are not what its name says"
-        elif lease.is_being_broken(fd):
-            raise PoolBusy("another program has just had a window on it")
         else:
+            windows.freeze(fd)
+            if lease.is_being_broken(fd):
+                raise PoolBusy("another program has just had a window on it")
+            if time.monotonic() < deadline:
+                return False
             reason = "somebody has it open for writing"
         with windows.thawed(fd):
             pool.quarantine(name, reason)
-
-
-def _is_mended(windows: Windows, identity: Identity, fd: int) -> bool:
-    """Whether the frozen object has the metadata that its name states, put back if need be: again
-    and again for a while, since whoever changed them may do so in these windows too.
-    """
-    deadline = time.monotonic() + _MEND_S
-    while not (_is_plain(fd) and _has_metadata(identity, fd)):
-        if time.monotonic() > deadline or not _can_mend(identity, fd):
-            return _has_metadata(identity, fd)
-        with suppress(OSError), windows.thawed(fd):
-            _mend(identity, fd)
     return True
 
 
-def _is_plain(fd: int) -> bool:
-    return not inode.get_flags(fd) & inode.CHOSEN_FLAGS and not inode.project_id(fd)
+def _is_mended(windows: Windows, identity: Identity, fd: int) -> bool:
+    """Whether the frozen inode has the metadata that its name states, put right if need be."""
+    now = Look.at(fd)
+    if digest_xattrs(fd) == identity.xattrs:
+        xattrs = now.xattrs
+    elif not identity.xattrs:
+        xattrs = {}
+    else:
+        return False  # the name states their digest, from which no lost one comes back
+    flags = now.flags & ~inode.CHOSEN_FLAGS
+    owner = identity.uid, identity.gid
+    wanted = Look(identity.mode, owner, identity.mtime_ns, xattrs, flags, project=0)
+    if now != wanted:
+        try:
+            with windows.thawed(fd, look=wanted):
+                pass
+        except (OSError, PoolBusy) as error:
+            log.debug("inode %d: %s", os.fstat(fd).st_ino, error)
+            return False
+    return os.fstat(fd).st_size == identity.size
 
 
-def _can_mend(identity: Identity, fd: int) -> bool:
-    """A name states a digest of the extended attributes, from which no lost one comes back."""
-    return not identity.xattrs or digest_xattrs(fd) == identity.xattrs
-
-
-def _mend(identity: Identity, fd: int) -> None:
-    """Put the thawed inode's metadata right, and freeze it before anybody can come in between."""
-    xattrs = inode.load_xattrs(fd) if identity.xattrs else {}
-    os.fchown(fd, identity.uid, identity.gid)  # drops setuid bits and file capabilities, so first
-    inode.store_xattrs(fd, xattrs)
-    os.fchmod(fd, identity.mode & 0o7777)
-    if inode.project_id(fd):
-        inode.put_project_id(fd, 0)
-    os.utime(fd, ns=(os.fstat(fd).st_atime_ns, identity.mtime_ns))
-    inode.put_flags(fd, (inode.get_flags(fd) | inode.FS_IMMUTABLE_FL) & ~inode.CHOSEN_FLAGS)
-
-
-def _remove_spare(windows: Windows, stage_fd: int, name: str) -> None:
+def _remove_spare(windows: Windows, stage_fd: int, name: str, trusted: Container[int]) -> None:
     try:
         os.unlink(name, dir_fd=stage_fd)
     except PermissionError as error:  # a link to an object that is frozen again
         fd = os.open(name, inode.OPEN_TO_READ, dir_fd=stage_fd)
         with windows.guard([fd]) as refused:
-            if refused:
+            if refused and os.fstat(fd).st_ino not in trusted:
                 raise PoolBusy("somebody has the shared file open for writing") from error
-            with windows.thawed(fd):
+            with windows.thawed(fd, look=Look.at(fd)):
                 os.unlink(name, dir_fd=stage_fd)
 
 
-def _recover_folder(pool: Pool, name: str) -> None:
+def _recover_folder(pool: Pool, name: str, windows: Windows) -> bool:
     try:
         top = os.open(name, inode.OPEN_FOLDER, dir_fd=pool.fd)
     except OSError:
-        return  # its program has just removed it
+        return True  # its program has just removed it
     try:
         fcntl.flock(top, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if _empty_folder(pool, top):
-            os.rmdir(name, dir_fd=pool.fd)
-            log.info("%s/%s: left by a program that was killed; put right", pool.path, name)
+        if not _empty_folder(pool, top, windows):
+            return False
+        os.rmdir(name, dir_fd=pool.fd)
+        log.info("%s/%s: left by a program that was killed; put right", pool.path, name)
     except (BlockingIOError, FileNotFoundError):
         pass  # its program lives, or has just removed it
     except OSError as error:
         log.warning("%s/%s: cannot be put right: %s", pool.path, name, error.strerror)
+        return False
     finally:
         os.close(top)
+    return True
 
 
-def _empty_folder(pool: Pool, top: int) -> bool:
+def _empty_folder(pool: Pool, top: int, windows: Windows) -> bool:
     is_complete = True
     for part in _list_folder(top):
         stage_fd = os.open(part, inode.OPEN_FOLDER, dir_fd=top)
         try:
-            is_settled = settle_stage(pool, stage_fd)
+            is_settled = settle_stage(pool, stage_fd, windows=windows)
         finally:
             os.close(stage_fd)
         if is_settled:

@@ -10,6 +10,7 @@ import signal
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Final
 
@@ -22,6 +23,7 @@ _TIMEOUT_S: Final = 20.0
 _PART_OF_BREAK_TIME: Final = 0.45
 _AT_ONCE: Final = 500  # waiters, each of which takes a descriptor
 _PAUSE_S: Final = 0.001
+_ALL_FDS: Final = 1 << 20
 _REPORTED: Final = 20  # attacks at once that have a line of the log each
 
 
@@ -76,25 +78,58 @@ def _show_pids(pids: list[int]) -> str:
 
 
 def _turn_away(fd: int, pids: list[int], met: dict[int, Attack], deadline: float) -> None:
-    """Signal all, wait until none of them waits in the lease, let those go on that were stopped."""
+    """Kill those of guests, have the others begin anew, wait until none of them waits."""
     handles = _open_handles(pids[:_AT_ONCE])
     try:
         # A pid may have come to mean another process before its handle was opened.
         waiting = handles.keys() & set(lease.find_waiters(fd))
-        for pid in waiting:
-            attack = _look_at(pid)
-            with suppress(ProcessLookupError):
-                number = signal.SIGKILL if attack.is_guest else signal.SIGSTOP
-                signal.pidfd_send_signal(handles[pid], number)
+        attacks = {pid: _look_at(pid) for pid in waiting}
+        for pid, attack in attacks.items():
+            if attack.is_guest and _send(handles[pid], signal.SIGKILL):
                 met[pid] = attack
-        while waiting & set(lease.find_waiters(fd)) and time.monotonic() < deadline:
-            time.sleep(_PAUSE_S)
+        others = {pid: handles[pid] for pid, attack in attacks.items() if not attack.is_guest}
+        if others:
+            _restart_elsewhere(fd, others, deadline)
+            met.update({pid: attacks[pid] for pid in others})
+        _wait_for(fd, waiting, deadline)
     finally:
-        for pid, handle in handles.items():
-            if pid in met and not met[pid].is_guest:
-                with suppress(ProcessLookupError):
-                    signal.pidfd_send_signal(handle, signal.SIGCONT)
+        for handle in handles.values():
             os.close(handle)
+
+
+def _restart_elsewhere(fd: int, handles: dict[int, int], deadline: float) -> None:
+    """Stop processes until they do not wait any more, by a process of its own, which has nothing
+    but them and the lease: they go on though this one is killed meanwhile.
+    """
+    child = os.fork()
+    if child:
+        with suppress(ChildProcessError):
+            os.waitpid(child, 0)
+        return
+    try:
+        kept = sorted([fd, *handles.values()])
+        for low, high in pairwise([-1, *kept, _ALL_FDS]):
+            os.closerange(low + 1, high)
+        for handle in handles.values():
+            _send(handle, signal.SIGSTOP)
+        _wait_for(fd, set(handles), deadline)
+    finally:
+        for handle in handles.values():
+            _send(handle, signal.SIGCONT)
+        os._exit(0)
+
+
+def _send(handle: int, number: int) -> bool:
+    try:
+        signal.pidfd_send_signal(handle, number)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _wait_for(fd: int, pids: set[int], deadline: float) -> None:
+    while pids & set(lease.find_waiters(fd)) and time.monotonic() < deadline:
+        time.sleep(_PAUSE_S)
 
 
 def _open_handles(pids: list[int]) -> dict[int, int]:

@@ -63,8 +63,8 @@ class Standstill:
             with suppress(OSError):  # the guest has just stopped
                 cgroups[path] = stack.enter_context(freezer.opened(path))
         if cgroups:
-            stack.callback(self._let_breathe)  # before another program may hold them
             stack.enter_context(self._windows.holding(cgroups))
+            stack.callback(self._let_breathe)  # before another program may hold them
         still = self._freeze_all(cgroups, stack)
         self._restless |= cgroups.keys() - still
         self.moving = {

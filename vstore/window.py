@@ -49,7 +49,7 @@ CGROUP_INTENT: Final = b"cgroup-"
 _FLAGS: Final = struct.Struct("=II")
 _NAMES_AN_INTENT: Final = 40  # a symlink's text has at most 1,024 bytes on xfs
 _LINGER_LIMIT: Final = 4096
-_PUT_BACK_S: Final = 1.0
+_PUT_RIGHT_S: Final = 1.0
 _SHORT_BREAK_TIME_S: Final = 10
 
 
@@ -104,6 +104,10 @@ class Windows:
         self._unsettled: set[int] = set()  # thawed, or frozen while somebody still waits
         self._kept: set[int] = set()  # of them those whose batch is over
         self._is_doubtful = False
+        self.has_doubts = False
+        """Whether intents were left for recovery; who has them settled says False."""
+        self._is_holding = False
+        self._over: list[bytes] = []  # intents that are removed when guests run again
         self._count = 0
         self._token = secrets.token_hex(4).encode()
         self.attacks: list[Attack] = []
@@ -122,8 +126,7 @@ class Windows:
         self._linger_s = self._find_linger_s()
         self._is_doubtful = False
         numbers = sorted([os.fstat(fd).st_ino for fd in fds])
-        key = b"%d" % self._count
-        self._count += 1
+        key = self._next_key()
         kept: set[int] = set()
         try:
             self._locks.take(numbers)
@@ -135,7 +138,11 @@ class Windows:
                 yield refused
             finally:
                 kept = self._let_go(key, leased)
-                if not self._is_doubtful:
+                if self._is_doubtful:
+                    self.has_doubts = True
+                elif self._is_holding:
+                    self._over += intents
+                else:
                     self._unlink(intents)
         finally:
             self._locks.drop()
@@ -145,22 +152,26 @@ class Windows:
                 os.close(fd)
 
     @contextmanager
-    def thawed(self, fd: int) -> Iterator[None]:
+    def thawed(self, fd: int, *, look: Look | None = None) -> Iterator[None]:
         """The window itself: inside, the guarded inode behind `fd` is not immutable.
 
         However the block ends the inode is frozen again, whoever waits to write is turned away, and
-        mode, owner, times, xattrs, flags and project id are as before. Raises OSError; PoolBusy as
-        `repel_writers`, or when somebody keeps on changing them.
+        mode, owner, times, xattrs, flags and project id are as before, or like `look`. Raises
+        OSError; PoolBusy as `repel_writers`, or when somebody keeps on changing them.
         """
-        before = Look.at(fd) if self._linger_s else None
+        wanted = look or (Look.at(fd) if self._linger_s else None)
         self._unsettled.add(fd)
         try:
             _clear_immutable(fd)
             yield
         finally:
             self.freeze(fd)
-            if before is not None and Look.at(fd) != before:
-                self._put_back(fd, before)
+            if wanted is not None and (now := Look.at(fd)) != wanted:
+                if look is None:
+                    log.warning(
+                        "attack: a shared file's metadata were changed inside a window; put back"
+                    )
+                self._put_right(fd, now, wanted)
 
     def freeze(self, fd: int) -> None:
         """Freeze the guarded inode behind `fd` and turn away whoever waits to write to it."""
@@ -170,15 +181,14 @@ class Windows:
             self.attacks += repel_writers(fd)
         self._unsettled.discard(fd)
 
-    def _put_back(self, fd: int, before: Look) -> None:
-        """Undo what somebody did in the window; he may do it again in the ones that this takes.
+    def _put_right(self, fd: int, now: Look, wanted: Look) -> None:
+        """Undo what somebody did in a window; he may do it again in the ones that this takes.
 
         Nobody does it later: the kernel looks at the flag and changes metadata under one lock of
         the inode, which freezing takes too (`vfs_fileattr_set` and `notify_change`).
         """
-        log.warning("attack: a shared file's metadata were changed inside a window; put back")
-        deadline = time.monotonic() + _PUT_BACK_S
-        while (now := Look.at(fd)) != before:
+        deadline = time.monotonic() + _PUT_RIGHT_S
+        while now != wanted:
             if time.monotonic() > deadline:
                 self._is_doubtful = True
                 raise PoolBusy(
@@ -189,32 +199,50 @@ class Windows:
             self._unsettled.add(fd)
             try:
                 _clear_immutable(fd)
-                before.put_back(fd, now)
+                wanted.put_back(fd, now)
             except OSError as error:
-                log.debug("metadata cannot be put back: %s", error)
+                log.debug("metadata cannot be put right: %s", error)
             finally:
                 self.freeze(fd)
+            now = Look.at(fd)
+
+    def linger(self, fds: Sequence[int]) -> None:
+        """Keep leases that another holder had, now dead, for as long as our own outlive their
+        windows. The descriptors belong to this from now on. Raises PoolBusy, OSError.
+        """
+        key = self._next_key()
+        self._linger_s = self._find_linger_s()
+        try:
+            self._tell(b"+" + key, fds)
+        finally:
+            kept = self._let_go(key, list(fds))
+            for fd in fds:
+                if fd not in kept:
+                    os.close(fd)
 
     @contextmanager
     def holding(self, cgroups: Mapping[str, int]) -> Iterator[None]:
         """Note that these cgroups (path -> open `cgroup.freeze`) may be frozen:
 
         if we die inside, they run again. Those that the administrator has frozen are left out.
+        No file is deleted meanwhile: on xfs that may wait until many that were before it are gone.
         Raises PoolBusy, NoSpace, OSError.
         """
         ours = {path: fd for path, fd in cgroups.items() if not freezer.is_frozen(fd)}
-        if not ours:
-            yield
-            return
         intents = self._symlink(
             {b"%s%d" % (CGROUP_INTENT, at): os.fsencode(path) for at, path in enumerate(ours)}
         )
+        self._is_holding = True
         try:
-            self._tell(b"+" + CGROUPS, list(ours.values()))
+            if ours:
+                self._tell(b"+" + CGROUPS, list(ours.values()))
             yield
         finally:
-            self._tell(b"-" + CGROUPS, ())
-            self._unlink(intents)
+            self._is_holding = False
+            if ours:
+                self._tell(b"-" + CGROUPS, ())
+            self._unlink([*intents, *self._over])
+            self._over.clear()
 
     # --- leases that outlive their windows
 
@@ -254,6 +282,10 @@ class Windows:
                 self._kept.discard(fd)
         self._locks.close()
 
+    def _next_key(self) -> bytes:
+        self._count += 1
+        return b"%d" % self._count
+
     def _find_linger_s(self) -> float:
         return min(self._ask_linger_s(), self._longest_linger_s)
 
@@ -265,13 +297,16 @@ class Windows:
         while self._lingering and self._lingering[0][0] <= now:
             _, key, fds = self._lingering.popleft()
             self._lingering_fds -= len(fds)
+            numbers = [os.fstat(fd).st_ino for fd in fds]
+            self._is_doubtful = False
             kept = self._release(key, fds)
             for fd in fds:
                 if fd not in kept:
                     os.close(fd)
-            if kept:
+            if self._is_doubtful:
+                self.has_doubts = True
                 with suppress(OSError, ToolError):
-                    self._note_intents(b"kept-" + key, [os.fstat(fd).st_ino for fd in kept])
+                    self._note_intents(b"late-" + key, numbers)
 
     def _let_go(self, key: bytes, fds: list[int]) -> set[int]:
         """End a batch; returns the descriptors that must stay open."""

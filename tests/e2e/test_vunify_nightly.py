@@ -47,6 +47,7 @@ def host(fs: Filesystem, monkeypatch: pytest.MonkeyPatch, tool: Tool) -> Iterato
             host.add(name, _root(host, name), {**SLEEPER, "fstab": _FSTAB})
         with _elsewhere(_root(host, "web") / "srv", fs.folder / "srv"):
             assert _unify(tool).unified > 2 * _NAMES
+        _come_to_rest(_root(host, "web") / "srv/0")
         (_root(host, "web") / "labour.py").write_text(Path(labour.__file__).read_text())
         host.vserver("web", "start")
         assert host.state("web")["protection"] == "copy-on-write"
@@ -67,6 +68,17 @@ def _grow(folder: Path, count: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content(number))
         os.utime(path, (_YEAR_2001, _YEAR_2001))
+
+
+def _come_to_rest(folder: Path) -> None:
+    """Have the files on the disk, and in memory too, as those that a guest has worked with for long
+    are. Copies of the last moment may be neither: on xfs and btrfs, cp(1) clones. Whoever reads or
+    cuts one waits for the disk then, which anybody who reads and writes as much as `vunify` must
+    here keeps as busy.
+    """
+    subprocess.run(["sync", "-f", folder], check=True)
+    for number in range(_NAMES):
+        file_of(folder, number).read_bytes()
 
 
 @contextmanager
@@ -160,6 +172,7 @@ def _try(host: Host, tool: Tool, turn: int) -> tuple[float, float]:
     if turn:
         for name in ("db", "web"):
             _grow(_root(host, name) / folder, _NAMES)
+        _come_to_rest(_root(host, "web") / folder)
         sleep(SETTLED_S)
     process, ahead = _begin_work(host, folder)
     try:

@@ -5,8 +5,11 @@ import mmap
 import os
 import signal
 import socket
+import subprocess
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from threading import Timer
 
 import pytest
 
@@ -15,7 +18,8 @@ from tests.fixtures.filesystems import Filesystem, Site, is_immutable, make_site
 from tests.fixtures.filesystems import private_folder as private
 from tests.fixtures.probes import need, on
 from tests.fixtures.trees import acl, capability
-from tests.fixtures.windows import CONTENT, shared_file
+from tests.fixtures.windows import CONTENT, broken_lease, shared_file
+from vrun.cow import breaking
 from vrun.cow.keeping import Supervision
 
 pytestmark = need("immutable", "lease")
@@ -161,3 +165,52 @@ def test_other_ways_to_change_a_file(site: Site, way: str) -> None:
             *(after[0].st_mode, after[0].st_mtime_ns),
         )
         assert shared.web.samefile(shared.object) == bool(expected)
+
+
+def test_a_copy_never_has_what_was_changed_in_the_window_of_another_program(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with shared_file(site) as shared:
+        fill, times = breaking.fill, iter(range(1))
+
+        def fill_meanwhile(shop: breaking.Workshop, shared_fd: int, copy_fd: int) -> None:
+            if next(times, None) is None:
+                fill(shop, shared_fd, copy_fd)
+                return
+            subprocess.run(["chattr", "-i", shared.object], check=True)
+            os.setxattr(shared.object, "user.evil", b"1")
+            shared.object.chmod(0o4777)
+            fill(shop, shared_fd, copy_fd)
+            os.removexattr(shared.object, "user.evil")
+            shared.object.chmod(0o644)
+            subprocess.run(["chattr", "+i", shared.object], check=True)
+
+        monkeypatch.setattr(breaking, "fill", fill_meanwhile)
+        in_guest(site.pool, site.root("web"), lambda: Path("/conf").open("r+b").close())
+        assert shared.web.read_bytes() == CONTENT
+        assert not shared.web.samefile(shared.object)
+        assert shared.web.stat().st_mode & 0o7777 == 0o644
+        assert os.listxattr(shared.web) == []
+
+
+@on("ext4")
+def test_who_waits_for_a_lease_to_empty_a_file_gets_one_descriptor(site: Site) -> None:
+    def work() -> tuple[int, list[int]]:
+        before = _open_numbers()
+        fd = os.open("/conf", os.O_WRONLY | os.O_TRUNC)
+        return fd, sorted(_open_numbers() - before)
+
+    with shared_file(site) as shared, broken_lease(shared) as let_go:
+        Timer(1, let_go).start()
+        fd, new = in_guest(site.pool, site.root("web"), work)
+        assert new == [fd]
+        assert shared.web.read_bytes() == b""
+
+
+def _open_numbers() -> set[int]:
+    numbers = set()
+    for number in map(int, os.listdir("/proc/self/fd")):
+        with suppress(OSError):  # that of the listing itself
+            os.fstat(number)
+            numbers.add(number)
+    return numbers

@@ -88,6 +88,24 @@ def _largest_piece(standstill: Standstill) -> int:
 
 
 @on("ext4")
+def test_what_was_noted_about_a_batch_is_deleted_when_the_guest_runs_again(
+    site: Site, cgroup: Path
+) -> None:
+    """On xfs a deletion may have to wait for those of many files that were replaced before."""
+    with shared_file(site) as shared, own_windows(shared.pool) as (windows, _, _):
+        with ExitStack() as stack:
+            Standstill([os.fspath(cgroup)], windows).hold({0}, stack)
+            for _ in range(2):
+                fd = shared.open()
+                with windows.guard([fd]), windows.thawed(fd):
+                    pass
+            assert is_frozen(cgroup)
+            assert len(list((site.pool / "stage").glob("*/*/intent-*"))) == 2
+        assert not is_frozen(cgroup)
+        assert not list((site.pool / "stage").glob("*/*/*"))
+
+
+@on("ext4")
 def test_guests_that_do_not_run_are_worked_on_at_once(standstill: Standstill) -> None:
     assert [len(slots) for slots in standstill.pieces(_slots(_STOPPED))] == [_SLOTS]
 

@@ -469,6 +469,35 @@ def _guarded_elsewhere(shared: Shared) -> Iterator[tuple[int, int, socket.socket
 
 
 @_one
+def test_who_is_turned_away_goes_on_though_the_holder_is_killed_over_it(
+    shared: Shared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No process of the host stays stopped."""
+    with enemy(shared.web) as process:
+
+        def work() -> int:
+            send, holder = signal.pidfd_send_signal, os.getpid()
+
+            def sent(fd: int, number: int) -> None:
+                send(fd, number)
+                if number == signal.SIGSTOP:
+                    wait_for(lambda: _state_of(process.pid) == "T")
+                    os.kill(holder, signal.SIGKILL)
+
+            monkeypatch.setattr(signal, "pidfd_send_signal", sent)
+            with own_windows(shared.pool) as (windows, _, _):
+                fd = shared.open()
+                with windows.guard([fd]), windows.thawed(fd):
+                    wait_for(lambda: waits_in_lease(process.pid))
+            return 0
+
+        assert fork(work)() == -signal.SIGKILL
+        wait_for(lambda: _state_of(process.pid) != "T", timeout_s=10)
+        assert process.poll() is None
+    assert shared.is_untouched()
+
+
+@_one
 def test_without_a_keeper_no_window_is_opened(shared: Shared) -> None:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with shared.pool.stage(1) as stages, ours:
@@ -491,8 +520,11 @@ def test_a_signal_from_the_terminal_or_the_service_manager_does_not_end_a_window
         _, holder = next(answers)
         os.kill(holder, number)
         sleep(0.05)
-        state = Path(f"/proc/{holder}/stat").read_text().rpartition(")")[2].split()[0]
-        assert state == "S", "the holder of a window was ended or stopped"
+        wait_for(lambda: _state_of(holder) == "S")  # neither stopped nor ended
         go_on.send(b"!")
         assert list(answers) == []
     assert find_faults(shared.pool.path) == []
+
+
+def _state_of(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]

@@ -179,7 +179,7 @@ class Break:
             thaw_alone(self._shop, self.shared_fd)
             return
         shop, target = self._shop, self._target
-        spare = b"copy-%d" % next(_numbers)
+        spare = b"copy-%d-%d" % (os.getpid(), next(_numbers))  # an earlier supervisor's may be left
         place = f"self/fd/{self.copy_fd}"
         os.link(place, spare, src_dir_fd=shop.roots.proc_fd, dst_dir_fd=shop.stage_fd)
         before = os.fstat(self._folder_fd)
@@ -188,6 +188,8 @@ class Break:
             with shop.windows.guard([guarded_fd]) as refused:
                 if refused:
                     raise Held
+                if not self._is_faithful():
+                    raise Changed
                 with shop.windows.thawed(guarded_fd):
                     try:
                         _swap(shop.stage_fd, spare, self._folder_fd, target)
@@ -199,6 +201,18 @@ class Break:
                 os.unlink(spare, dir_fd=shop.stage_fd)
         with suppress(OSError):
             os.utime(self._folder_fd, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+    def _is_faithful(self) -> bool:
+        """Whether the copy has the metadata of the object, which nobody else has a window on now:
+        an attack on it may have met another program's one while they were copied.
+        """
+        shared, copy = os.fstat(self.shared_fd), os.fstat(self.copy_fd)
+        return (
+            self._shop.objects.is_sound(self.shared_fd)
+            and (copy.st_mode, copy.st_uid, copy.st_gid, copy.st_mtime_ns)
+            == (shared.st_mode, shared.st_uid, shared.st_gid, shared.st_mtime_ns)
+            and inode.load_xattrs(self.copy_fd) == inode.load_xattrs(self.shared_fd)
+        )
 
     def close(self) -> None:
         for fd in self._fds:

@@ -33,6 +33,8 @@ class Asked:
     begun: Begun | None = None
     held_until_s: float = 0.0
     """Until when it waits for a lease to go, by the monotonic clock; 0: it does not."""
+    number: int = -1
+    """The descriptor that the caller is to get, once it has been taken."""
 
 
 class Answered(Exception):

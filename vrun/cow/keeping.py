@@ -38,6 +38,7 @@ from vstore.window import LINGER_S
 _AGAIN_S: Final = 0.05
 """A supervisor that ends sooner than this after its start is held back for so long."""
 _ENDS_WITHIN_S: Final = 10.0
+_SETTLES_WITHIN_S: Final = 5.0
 _MOST_REMEMBERED: Final = 20
 
 
@@ -292,4 +293,9 @@ class Supervision:
                 os.kill(self.pid, signal.SIGKILL)
 
     def _settle(self, leased: list[int]) -> None:
-        settle_stage(self._pool, self._stage_fd, leased)
+        """Another program's lease may linger on what is to be put right: that is waited for."""
+        deadline = time.monotonic() + _SETTLES_WITHIN_S
+        is_settled = settle_stage(self._pool, self._stage_fd, leased)
+        while not is_settled and time.monotonic() < deadline:
+            time.sleep(_AGAIN_S)
+            is_settled = settle_stage(self._pool, self._stage_fd)

@@ -81,17 +81,18 @@ def _open_copy(desk: Desk, asked: Asked, found: Found, flags: int, check: Check)
                 return
             if not flags & os.O_TRUNC:
                 work.fill()
-            number = _reserve(asked, cloexec=cloexec)
+            if asked.number < 0:  # else it was taken before the call had to wait
+                asked.number = _reserve(asked, cloexec=cloexec)
             listener.page.note_begun(call.id, work.begun)
             work.finish()
             try:
                 fd = _reopen(desk, found, work.copy_ino, flags)
             except Changed:
                 fd = _reopen_nameless(desk, found, work, flags)
-            _give(asked, fd, at=number, cloexec=cloexec)
+            _give(asked, fd, at=asked.number, cloexec=cloexec)
         finally:
             work.close()
-    raise Answered(number)
+    raise Answered(asked.number)
 
 
 def _reserve(asked: Asked, *, cloexec: bool) -> int:

@@ -52,6 +52,7 @@ _MOST_COPIES: Final = 4
 _QUIET_MS: Final = 50.0
 _LOOK_AGAIN_S: Final = 0.02
 _SETTLE_AGAIN_S: Final = 0.5
+_LONGEST_PAUSE_S: Final = 600.0
 _HELD_S: Final = 10.0
 """How long a call waits at most: leases linger for seconds after somebody has attacked a file. One
 that is open for writing all the time is not to be had: EBUSY.
@@ -157,13 +158,15 @@ class Supervisor:
         self._control = duty.control
         allow_open_files()
         pool = Pool.load(duty.pool)
-        self._settle_again_s = 0.0
-        if duty.bequest is not None:
-            duty.bequest.take_over(lambda leased: self._settle(pool, leased))
-        recover(pool)
         windows = Windows(
             duty.keeper, pool_fd=pool.fd, stage_fd=duty.stage_fd, linger_s=duty.linger_s
         )
+        self._settle_again_s = 0.0
+        self._settle_pause_s = _SETTLE_AGAIN_S
+        if duty.bequest is not None:
+            duty.bequest.take_over(lambda leased: self._settle(pool, windows, leased))
+        else:
+            self._settle(pool, windows)
         self._shop = Workshop(pool, windows, duty.stage_fd, Objects(pool), Roots(), Own())
         self._desk = Desk(self._shop, self._copy_elsewhere, self._wait_for)
         self._listeners: dict[int, Listener] = {}
@@ -184,12 +187,19 @@ class Supervisor:
             heir.announce(duty.name)
         duty.control.send(SETTLED)
 
-    def _settle(self, pool: Pool, leased: Sequence[int] = ()) -> None:
+    def _settle(self, pool: Pool, windows: Windows, leased: Sequence[int] = ()) -> None:
         """Put right what is left in the stage; what another program's window keeps from that has
         its turn later.
         """
-        is_settled = settle_stage(pool, self._duty.stage_fd, leased)
-        self._settle_again_s = 0.0 if is_settled else time.monotonic() + _SETTLE_AGAIN_S
+        self._settle_later()
+        windows.has_doubts = False
+        is_settled = settle_stage(pool, self._duty.stage_fd, leased, windows)
+        if recover(pool, windows) and is_settled and not windows.has_doubts:
+            self._settle_again_s, self._settle_pause_s = 0.0, _SETTLE_AGAIN_S
+
+    def _settle_later(self) -> None:
+        self._settle_again_s = time.monotonic() + self._settle_pause_s
+        self._settle_pause_s = min(2 * self._settle_pause_s, _LONGEST_PAUSE_S)
 
     def serve(self) -> NoReturn:
         """Serve for good."""
@@ -223,7 +233,7 @@ class Supervisor:
         self._is_prepared = True
         if self._duty.predecessor is not None:  # it has ended, and its stage is left
             with suppress(OSError):
-                recover(self._shop.pool)
+                self._settle(self._shop.pool, self._shop.windows)
         self._shop.objects.load()
 
     # --- calls
@@ -364,21 +374,26 @@ class Supervisor:
     def _timeout_ms(self) -> float | None:
         if self._shop.windows.attacks:
             self._tell_attacks()
-        due_s = self._shop.windows.next_due
-        if due_s is None and not self._waiting and not self._settle_again_s:
+        windows = self._shop.windows
+        due_s = windows.next_due
+        is_settled = not (self._settle_again_s or windows.has_doubts)
+        if due_s is None and not self._waiting and is_settled:
             return None if self._is_prepared else _QUIET_MS
         now = time.monotonic()
         if due_s is not None and due_s <= now:
             self._shop.roots.go_home()
-            self._shop.windows.idle()
+            windows.idle()
         if self._waiting:
             self._look_again(now)
         if self._settle_again_s and self._settle_again_s <= now:
             self._shop.roots.go_home()
-            self._settle(self._shop.pool)
+            with suppress(OSError):
+                self._settle(self._shop.pool, windows)
+        elif windows.has_doubts and not self._settle_again_s:
+            self._settle_later()
         due = [waiting.due_s for waiting in self._waiting]
-        if self._shop.windows.next_due is not None:
-            due.append(self._shop.windows.next_due)
+        if windows.next_due is not None:
+            due.append(windows.next_due)
         if self._settle_again_s:
             due.append(self._settle_again_s)
         return max(0.0, min(due) - time.monotonic()) * 1000 if due else None
