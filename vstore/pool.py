@@ -9,7 +9,6 @@ import errno
 import fcntl
 import logging
 import os
-import secrets
 import stat
 import time
 from array import array
@@ -344,7 +343,7 @@ class Pool:
         with suppress(FileExistsError):
             os.mkdir("stage", 0o700, dir_fd=self.fd)
         while True:
-            name = f"stage/{secrets.token_hex(8)}"
+            name = f"stage/{os.urandom(8).hex()}"
             os.mkdir(name, 0o700, dir_fd=self.fd)
             with suppress(FileNotFoundError):
                 top = os.open(name, inode.OPEN_FOLDER, dir_fd=self.fd)
@@ -416,7 +415,7 @@ def _not_made(path: Path, error: OSError) -> ToolError:
 
 
 def _write_format(fd: int) -> None:
-    spare = f"format-{secrets.token_hex(8)}"
+    spare = f"format-{os.urandom(8).hex()}"
     spare_fd = os.open(spare, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600, dir_fd=fd)
     try:
         os.write(spare_fd, FORMAT.encode())

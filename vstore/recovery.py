@@ -11,13 +11,13 @@ import os
 import time
 from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 
 from vstore import freezer, inode, lease
 from vstore.digest import digest_content
 from vstore.errors import PoolBusy, ToolError
 from vstore.objectlock import ObjectLocks
 from vstore.pool import Identity, Pool, digest_xattrs, parse_object
+from vstore.record import dataclass, field
 from vstore.repel import repel_writers
 from vstore.window import CGROUP_INTENT, OBJECTS_INTENT, Windows, parse_intent
 

@@ -16,7 +16,6 @@ import fcntl
 import logging
 import os
 import resource
-import secrets
 import socket
 import stat
 import struct
@@ -105,7 +104,7 @@ class Windows:
         self._kept: set[int] = set()  # of them those whose batch is over
         self._is_doubtful = False
         self._count = 0
-        self._token = secrets.token_hex(4).encode()
+        self._token = os.urandom(4).hex().encode()
         self.attacks: list[Attack] = []
 
     @contextmanager
