@@ -5,6 +5,7 @@ BLAKE3 over a file's bytes, read under a lease that proves nobody was writing.
 
 import os
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Final
 
 from blake3 import blake3
@@ -16,8 +17,6 @@ SMALL: Final = _BUFFER
 """Smaller files (bytes) are read in one piece."""
 _ASK_EACH: Final = 16 << 20
 _ZEROS: Final = bytes(_BUFFER)
-_buffer = bytearray(_BUFFER)
-_view = memoryview(_buffer)
 
 
 def digest_content(
@@ -59,12 +58,19 @@ def _stretches(fd: int, status: os.stat_result) -> Iterator[tuple[int, int, bool
     yield position, status.st_size, True
 
 
+@cache
+def _buffer() -> memoryview:
+    """Not there before it is needed: who stays in memory for long may never read a large file."""
+    return memoryview(bytearray(_BUFFER))
+
+
 def _update(hasher: blake3, fd: int, start: int, end: int) -> None:
+    view = _buffer()
     while start < end:
-        got = os.preadv(fd, [_view[: min(_BUFFER, end - start)]], start)
+        got = os.preadv(fd, [view[: min(_BUFFER, end - start)]], start)
         if got == 0:
             return
-        hasher.update(_view[:got])
+        hasher.update(view[:got])
         start += got
 
 

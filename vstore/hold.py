@@ -8,7 +8,6 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Final
@@ -17,6 +16,7 @@ from vstore import inode
 from vstore.errors import NotPermitted, PoolBusy, ToolError, WrongUsage
 from vstore.guest import COPY_ON_WRITE, Guest, RunState, hold_lock, load_state, rundir, vdirbase
 from vstore.pool import POOL_NAME, find_mount_id
+from vstore.record import dataclass
 from vstore.window import LINGER_S
 
 log = logging.getLogger(__name__)

@@ -1,13 +1,12 @@
 """How an inode looks: all of it that a process could change without opening it for writing."""
 
 import os
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from vstore import inode
 
 
-@dataclass(frozen=True, slots=True)
-class Look:
+class Look(NamedTuple):
     """Mode, owner, mtime, extended attributes, flags (the immutable one always) and project."""
 
     mode: int

@@ -9,7 +9,6 @@ import errno
 import fcntl
 import logging
 import os
-import secrets
 import stat
 import time
 from array import array
@@ -38,7 +37,8 @@ FORMAT: Final = "vserver-tools pool 1\n"
 POOL_NAME: Final = ".pool"
 WAIT_S: Final = 600.0
 _POLL_S: Final = 0.01
-_FOLDERS: Final = tuple(f"{number:02x}" for number in range(256))
+FOLDERS: Final = tuple(f"{number:02x}" for number in range(256))
+"""Below `objects`."""
 
 
 class Identity(NamedTuple):
@@ -61,9 +61,7 @@ class Identity(NamedTuple):
         That is `3f/<digest>.<size>.<mode>.<uid>.<gid>.<mtime_ns>.<xattrs>-<n>`.
         """
         text = self.digest.hex()
-        owner = f"{self.mode:o}.{self.uid}.{self.gid}"
-        xattrs = self.xattrs.hex() or "0"
-        return f"{text[:2]}/{text}.{self.size}.{owner}.{self.mtime_ns}.{xattrs}-{number}"
+        return f"{text[:2]}/{text}.{state_metadata(*self[1:])}-{number}"
 
 
 def find_file_system(path: Path) -> str:
@@ -97,6 +95,18 @@ def parse_object(name: str) -> tuple[Identity, int]:
         b"" if xattrs == "0" else bytes.fromhex(xattrs),
     )
     return identity, int(number)
+
+
+def state_metadata(size: int, mode: int, uid: int, gid: int, mtime_ns: int, xattrs: bytes) -> str:
+    """All of an identity but the content, as an object's name states it."""
+    return f"{size}.{mode:o}.{uid}.{gid}.{mtime_ns}.{xattrs.hex() or '0'}"
+
+
+def find_metadata(name: str) -> str:
+    """What an object's name (without its folder) states as `state_metadata` does; "" where it is no
+    such name.
+    """
+    return name.partition(".")[2].rpartition("-")[0]
 
 
 def digest_xattrs(fd: int) -> bytes:
@@ -205,7 +215,7 @@ class Pool:
 
     def list_objects(self) -> Iterator[tuple[str, int]]:
         """Every object's path below `objects` and its inode number, by readdir alone."""
-        for folder in _FOLDERS:
+        for folder in FOLDERS:
             for entry in self.scan_folder(folder):
                 yield f"{folder}/{entry.name}", entry.inode()
 
@@ -224,7 +234,7 @@ class Pool:
     def load_numbers(self) -> InodeNumbers:
         """The inode numbers of all objects."""
         numbers = array("Q")
-        for folder in _FOLDERS:
+        for folder in FOLDERS:
             numbers.extend([entry.inode() for entry in self.scan_folder(folder)])
         return InodeNumbers(numbers)
 
@@ -344,7 +354,7 @@ class Pool:
         with suppress(FileExistsError):
             os.mkdir("stage", 0o700, dir_fd=self.fd)
         while True:
-            name = f"stage/{secrets.token_hex(8)}"
+            name = f"stage/{os.urandom(8).hex()}"
             os.mkdir(name, 0o700, dir_fd=self.fd)
             with suppress(FileNotFoundError):
                 top = os.open(name, inode.OPEN_FOLDER, dir_fd=self.fd)
@@ -399,7 +409,7 @@ def _make(path: Path) -> None:
         raise _not_made(path, error) from error
     try:
         _probe_immutable(path, fd)
-        for folder in ("objects", *(f"objects/{name}" for name in _FOLDERS)):
+        for folder in ("objects", *(f"objects/{name}" for name in FOLDERS)):
             with suppress(FileExistsError):
                 os.mkdir(folder, 0o700, dir_fd=fd)
         _write_format(fd)
@@ -416,7 +426,7 @@ def _not_made(path: Path, error: OSError) -> ToolError:
 
 
 def _write_format(fd: int) -> None:
-    spare = f"format-{secrets.token_hex(8)}"
+    spare = f"format-{os.urandom(8).hex()}"
     spare_fd = os.open(spare, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600, dir_fd=fd)
     try:
         os.write(spare_fd, FORMAT.encode())

@@ -11,7 +11,6 @@ import os
 import time
 from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 from vstore import freezer, inode, lease
 from vstore.digest import digest_content
@@ -20,6 +19,7 @@ from vstore.hold import find_linger_s
 from vstore.look import Look
 from vstore.objectlock import ObjectLocks
 from vstore.pool import Identity, Pool, digest_xattrs, parse_object
+from vstore.record import dataclass, field
 from vstore.repel import repel_writers
 from vstore.window import CGROUP_INTENT, OBJECTS_INTENT, Windows, parse_intent
 

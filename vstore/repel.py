@@ -9,13 +9,13 @@ import os
 import signal
 import time
 from contextlib import suppress
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Final
 
 from vstore import lease
 from vstore.errors import PoolBusy
+from vstore.record import dataclass
 
 log = logging.getLogger(__name__)
 

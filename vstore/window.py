@@ -16,7 +16,6 @@ import fcntl
 import logging
 import os
 import resource
-import secrets
 import socket
 import stat
 import struct
@@ -109,7 +108,7 @@ class Windows:
         self._is_holding = False
         self._over: list[bytes] = []  # intents that are removed when guests run again
         self._count = 0
-        self._token = secrets.token_hex(4).encode()
+        self._token = os.urandom(4).hex().encode()
         self.attacks: list[Attack] = []
 
     @contextmanager

@@ -2,8 +2,10 @@
 
 import json
 import os
+import random
 import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -11,10 +13,15 @@ import pytest
 from tests.conftest import Tool
 from tests.fixtures.filesystems import is_immutable, thaw_below
 from tests.fixtures.probes import need
-from tests.fixtures.vservers import Host, host_for_guests, is_alive, wait_until
+from tests.fixtures.vservers import Host, host_for_guests, is_alive, private_kib, wait_until
+from vstore.pool import Identity
 
 pytestmark = need("immutable", "lease")
 
+_MOST_KIB = 8 << 10
+"""What a supervisor may have in memory for itself alone, beside what it knows of objects."""
+_BYTES_AN_OBJECT = 64
+_MANY = 100_000
 _CONF = "a setting that all guests have\n" * 10
 
 
@@ -72,6 +79,44 @@ def test_a_killed_supervisor_is_replaced(host: Host) -> None:
     host.inside("web", "sh", "-c", "echo x > /etc/conf")
     assert (_root(host, "web") / "etc/conf").read_text() == "x\n"
     assert "its supervisor was killed" in host.console("web")
+
+
+def test_a_supervisor_is_small_and_many_objects_make_it_little_larger(host: Host) -> None:
+    small = _supervisor_kib(host)
+    assert small <= _MOST_KIB
+    with _many_objects(host.etc.vdirbase / ".pool/objects"):
+        large = _supervisor_kib(host)
+    assert large - small <= _MANY * _BYTES_AN_OBJECT >> 10
+
+
+def _supervisor_kib(host: Host) -> int:
+    """Of a guest that was started just now and has broken a link: all objects are known then."""
+    host.vserver("web", "start")
+    host.inside("web", "sh", "-c", "echo x >> /etc/conf; echo x >> /etc/other")
+    private = private_kib(_report(host, "web")["supervisor"])
+    host.vserver("web", "stop")
+    return private
+
+
+@contextmanager
+def _many_objects(folder: Path) -> Iterator[None]:
+    """So many names of objects more, no two of one inode."""
+    chance = random.Random(5)  # noqa: S311
+    names = [
+        Identity(chance.randbytes(32), size, 0o100644, 0, 0, 1, b"").name(0)
+        for size in range(_MANY)
+    ]
+    folder_fd = os.open(folder, os.O_PATH)
+    made: list[str] = []
+    try:
+        for name in names:
+            os.mknod(name, dir_fd=folder_fd)
+            made.append(name)
+        yield
+    finally:
+        for name in made:
+            os.unlink(name, dir_fd=folder_fd)
+        os.close(folder_fd)
 
 
 def test_a_killed_monitor_leaves_a_supervisor_that_the_next_one_takes_over(host: Host) -> None:

@@ -2,7 +2,6 @@
 
 import os
 import random
-import re
 import signal
 import subprocess
 import time
@@ -20,6 +19,7 @@ from tests.fixtures.vservers import (
     Host,
     host_for_guests,
     is_alive,
+    private_kib,
     status_of,
     wait_until,
 )
@@ -44,9 +44,7 @@ def test_a_monitor_is_small_and_has_nothing_of_the_callers(host: Host) -> None:
     host.add_busybox("web")
     host.vserver("web", "start")
     monitor = host.monitor_pid("web")
-    said = Path(f"/proc/{monitor}/smaps_rollup").read_text()
-    private = sum(map(int, re.findall(r"^Private_\w+:\s+(\d+) kB", said, re.M)))
-    assert private <= _MOST_KIB
+    assert private_kib(monitor) <= _MOST_KIB
     assert status_of(monitor)["Name"] == "vserver-monitor"
     assert os.fspath(Path(f"/proc/{monitor}/cwd").readlink()) == "/"
     opened = {os.fspath(path.readlink()) for path in Path(f"/proc/{monitor}/fd").iterdir()}
