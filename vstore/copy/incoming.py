@@ -56,7 +56,7 @@ class Incoming:
 
     def drop(self, number: int) -> None:
         """The rest of this row's file will not come."""
-        self._chooser.deltas.pop(number, None)
+        self._chooser.drop_delta(number)
         if self._part is not None and self._part[0] == number:
             self.close()
             self._area.drop_part(number)
@@ -81,7 +81,7 @@ class Incoming:
         found = self._follower.end() if self._follower is not None else b""
         is_good = (found or digest_content(fd, os.fstat(fd))) == row.digest
         self.close()
-        self._chooser.deltas.pop(number, None)
+        self._chooser.drop_delta(number)
         if is_good:
             self._area.keep_part(number, row.digest)
         else:
