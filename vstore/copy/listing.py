@@ -367,6 +367,11 @@ class Listing:
         """What the file with this key had in it when it was listed, if that is still known."""
         return self._contents.take(key) if self._contents is not None else None
 
+    def drop_contents(self, batch: Listed) -> None:
+        """The batch has been served."""
+        if self._contents is not None:
+            self._contents.drop(batch.keys)
+
     def known_blocks(self, fd: int) -> bytes:
         """The digests of the blocks of the file behind `fd`, of the size that is chosen for it;
         b"" where they were not kept.
