@@ -85,8 +85,18 @@ def _areas(machines: Machines) -> set[str]:
 
 
 def _stop_at_start(machines: Machines, after_s: float, number: int) -> int:
-    """Begin a copy and send it the signal after that time; its exit code. Nobody works any more."""
-    return _stop(machines, _command(machines, "--refresh", "-q"), after_s, number)[0]
+    """Begin a copy and send it the signal so long after it was loaded; its exit code. Nobody works
+    any more then.
+    """
+    return _stop(machines, _command(machines, "--refresh", "-q"), after_s, number, _is_loaded)[0]
+
+
+def _is_loaded(pid: int) -> bool:
+    """Whether the program has taken signals into its own hands."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("SigCgt:"):
+            return bool(int(line.split()[1], 16) >> (signal.SIGTERM - 1) & 1)
+    return False
 
 
 def _stop_in_the_middle(machines: Machines, after_s: float, number: int) -> tuple[int, bool]:
@@ -95,7 +105,7 @@ def _stop_in_the_middle(machines: Machines, after_s: float, number: int) -> tupl
     """
     before = _areas(machines)
     command = _command(machines, "--refresh", "-q", "--bwlimit", "1M")
-    return _stop(machines, command, after_s, number, lambda: _areas(machines) > before)
+    return _stop(machines, command, after_s, number, lambda _: _areas(machines) > before)
 
 
 def _stop(
@@ -103,10 +113,10 @@ def _stop(
     command: list[str | Path],
     after_s: float,
     number: int,
-    is_due: Callable[[], bool] = lambda: True,
+    is_due: Callable[[int], bool],
 ) -> tuple[int, bool]:
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        wait_for(lambda: is_due() or process.poll() is not None)
+        wait_for(lambda: process.poll() is not None or is_due(process.pid))
         was_sent = False
         try:
             process.wait(after_s)
@@ -138,7 +148,7 @@ def test_interrupted_at_random_points_the_old_target_stays_whole(
             code, was_cut = _stop_in_the_middle(machines, chance.uniform(0, 0.5), number)
             cut_in_the_middle += was_cut
         else:
-            code = _stop_at_start(machines, chance.uniform(0.1, 2 * longest), number)
+            code = _stop_at_start(machines, chance.uniform(0, 2 * longest), number)
         now = snapshot(machines.there.root("web"))
         if _differences(machines) == []:
             assert code in (0, -number, 128 + number)
