@@ -12,7 +12,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any, Final, NoReturn, TypeVar
 
 import click
@@ -65,6 +65,17 @@ def run(command: click.Command) -> NoReturn:
         status = _report(name, error if isinstance(error, ToolError) else _translated(error))
         _drop_unwritten()
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def _show_uncaught(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """What nobody caught, as ever; but who interrupts a command while it loads is shown nothing."""
+    if not issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = _show_uncaught
 
 
 class _Ended(BaseException):

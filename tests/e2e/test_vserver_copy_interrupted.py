@@ -9,7 +9,7 @@ import random
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,9 @@ from tests.fixtures.trees import COPY_MAY_DIFFER, File, Row, differences, snapsh
 from tests.fixtures.windows import wait_for
 
 pytestmark = [need("root", "immutable", "lease", "sshd"), on("ext4")]
+
+_NEW_AT_LEAST = 3 << 20
+"""Bytes that no version shares with another."""
 
 
 def _rows(version: int) -> list[Row]:
@@ -57,12 +60,13 @@ def _command(machines: Machines, *arguments: str | Path, port: int = 0) -> list[
 
 
 def _finish(tool: Tool, machines: Machines, *arguments: str) -> dict[str, Any]:
+    machines.wait_until_idle()
     done = tool("vserver-copy", *_command(machines, "--json", *arguments)[1:])
     assert done.returncode == 0, done.stderr
     report: dict[str, Any] = json.loads(done.stdout)
     assert _differences(machines) == []
     assert find_faults(machines.there.pool) == []
-    assert [path for path in machines.there.vdirbase.iterdir() if ".copy-" in path.name] == []
+    assert _areas(machines) == set()
     return report
 
 
@@ -72,17 +76,57 @@ def _replace(machines: Machines, version: int) -> None:
         path.rename(path.with_name(f"{version}-{path.name.partition('-')[2]}"))
         path.with_name(f"{version}-{path.name.partition('-')[2]}").write_bytes(os.urandom(20_000))
     (machines.here.root("web") / "v").write_text(f"{version}")
+    (machines.here.root("web") / "var/log/big").write_bytes(os.urandom(3 << 20))
 
 
-def _stop_somewhere(command: list[str | Path], after_s: float, number: int) -> int:
+def _areas(machines: Machines) -> set[str]:
+    """The folders beside targets in which copies grow, or grew until they were cut off."""
+    return {path.name for path in machines.there.vdirbase.iterdir() if ".copy-" in path.name}
+
+
+def _stop_at_start(machines: Machines, after_s: float, number: int) -> int:
+    """Begin a copy and send it the signal so long after it was loaded; its exit code. Nobody works
+    any more then.
+    """
+    return _stop(machines, _command(machines, "--refresh", "-q"), after_s, number, _is_loaded)[0]
+
+
+def _is_loaded(pid: int) -> bool:
+    """Whether the program has taken signals into its own hands."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("SigCgt:"):
+            return bool(int(line.split()[1], 16) >> (signal.SIGTERM - 1) & 1)
+    return False
+
+
+def _stop_in_the_middle(machines: Machines, after_s: float, number: int) -> tuple[int, bool]:
+    """As `_stop_at_start`, of a slow copy whose tree has begun to grow that long ago; and whether
+    the signal came before its end.
+    """
+    before = _areas(machines)
+    command = _command(machines, "--refresh", "-q", "--bwlimit", "1M")
+    return _stop(machines, command, after_s, number, lambda _: _areas(machines) > before)
+
+
+def _stop(
+    machines: Machines,
+    command: list[str | Path],
+    after_s: float,
+    number: int,
+    is_due: Callable[[int], bool],
+) -> tuple[int, bool]:
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        wait_for(lambda: process.poll() is not None or is_due(process.pid))
+        was_sent = False
         try:
             process.wait(after_s)
         except subprocess.TimeoutExpired:
             process.send_signal(number)
+            was_sent = True
         _, said = process.communicate(timeout=60)
     assert b"Traceback" not in said, said.decode()
-    return process.returncode
+    machines.wait_until_idle()
+    return process.returncode, was_sent
 
 
 @pytest.mark.timeout(1800 if is_soak() else 300)
@@ -97,10 +141,14 @@ def test_interrupted_at_random_points_the_old_target_stays_whole(
     longest = time.monotonic() - began
     old = snapshot(machines.there.root("web"))
     _replace(machines, 2)
+    cut_in_the_middle = 0
     for turn in range(scaled(9, 200)):
         number = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)[turn % 3]
-        after_s = chance.uniform(0.1, 2 * longest)
-        code = _stop_somewhere(_command(machines, "--refresh", "-q"), after_s, number)
+        if turn % 2:
+            code, was_cut = _stop_in_the_middle(machines, chance.uniform(0, 0.5), number)
+            cut_in_the_middle += was_cut
+        else:
+            code = _stop_at_start(machines, chance.uniform(0, 2 * longest), number)
         now = snapshot(machines.there.root("web"))
         if _differences(machines) == []:
             assert code in (0, -number, 128 + number)
@@ -109,6 +157,7 @@ def test_interrupted_at_random_points_the_old_target_stays_whole(
         else:
             assert code != 0
             assert differences(old, now) == []
+    assert cut_in_the_middle
     _finish(tool, machines, "--refresh")
 
 
@@ -136,46 +185,57 @@ def test_what_arrived_is_not_sent_again(machines: Machines, tool: Tool) -> None:
     assert report["bytes_lacking"] < total * 0.25 + (6 << 20)
 
 
-@pytest.mark.timeout(900 if is_soak() else 300)
+@pytest.mark.timeout(1800 if is_soak() else 300)
 @pytest.mark.parametrize("kind", KINDS[:4])
 def test_a_spoiled_line_never_ends_well_with_another_tree(
     machines: Machines, tool: Tool, kind: str
 ) -> None:
+    """Somewhere in what each time is new; first there is no target, then there is an old one."""
     chance = random.Random(kind)  # noqa: S311
-    for turn in range(scaled(3, 40)):
-        at = chance.randrange(4000, 5 << 20)
-        with tampering(machines.server.port, kind, at) as proxy:
+    turns = scaled(4, 40)
+    for turn in range(turns):
+        if turn == turns // 2:
+            _finish(tool, machines)
+        old = snapshot(machines.there.root("web")) if turn >= turns // 2 else None
+        _replace(machines, 100 + turn)
+        with tampering(machines.server.port, kind, chance.randrange(4000, _NEW_AT_LEAST)) as proxy:
             command = _command(machines, "-q", "--refresh", "--accept-new", port=proxy.port)
-            done = subprocess.run(command, capture_output=True, check=False, text=True, timeout=100)
-            assert "Traceback" not in done.stderr
-            if done.returncode == 0:
-                assert _differences(machines) == []
-            elif machines.there.root("web").exists():
-                assert turn
-            _replace(machines, 100 + turn)
+            done = subprocess.run(command, capture_output=True, check=False, text=True, timeout=200)
+            assert proxy.was_done
+        assert done.returncode != 0
+        assert "Traceback" not in done.stderr
+        machines.wait_until_idle()
+        root = machines.there.root("web")
+        assert root.exists() == (old is not None)
+        assert old is None or differences(old, snapshot(root)) == []
     _finish(tool, machines, "--refresh")
 
 
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(1800 if is_soak() else 300)
 def test_a_side_that_is_stopped_ends_the_other_in_time(machines: Machines, tool: Tool) -> None:
-    with tampering(machines.server.port, "stall", 2 << 20) as proxy:
-        command = _command(machines, "-q", "--accept-new", port=proxy.port)
-        began = time.monotonic()
-        done = subprocess.run(command, capture_output=True, check=False, text=True, timeout=150)
-        assert done.returncode == 1
-        assert "run the command again" in done.stderr
-        assert time.monotonic() - began < 120
-    assert not machines.there.root("web").exists()
+    chance = random.Random(3)  # noqa: S311
+    for at in (2 << 20, *(chance.randrange(4000, _NEW_AT_LEAST) for _ in range(scaled(0, 8)))):
+        with tampering(machines.server.port, "stall", at) as proxy:
+            command = _command(machines, "-q", "--accept-new", port=proxy.port)
+            began = time.monotonic()
+            done = subprocess.run(command, capture_output=True, check=False, text=True, timeout=200)
+            assert proxy.was_done
+            assert done.returncode == 1, done.stderr
+            assert time.monotonic() - began < 120
+            if at == 2 << 20:
+                assert "run the command again" in done.stderr
+        machines.wait_until_idle()
+        assert not machines.there.root("web").exists()
+        _replace(machines, at)
 
 
 def test_two_copies_into_one_target_do_not_meet(machines: Machines, tool: Tool) -> None:
     """The first one stands still, with its target held, until the second has been refused."""
     slow = _command(machines, "-q", "--bwlimit", "1M")
     with subprocess.Popen(slow, stderr=subprocess.PIPE) as first:
-        while not [path for path in machines.there.vdirbase.iterdir() if ".copy-" in path.name]:
-            assert first.poll() is None
-            time.sleep(0.02)
+        wait_for(lambda: bool(_areas(machines)) or first.poll() is not None)
         first.send_signal(signal.SIGSTOP)
+        assert _areas(machines)
         second = tool("vserver-copy", *_command(machines, "-q")[1:])
         first.send_signal(signal.SIGCONT)
         assert second.returncode == 4
@@ -198,12 +258,17 @@ def test_reclaim_in_a_loop_takes_nothing_that_is_needed(machines: Machines, tool
         subprocess.run([vpool, "rm", machines.there.root("web")], env=environment, check=True)
         (machines.there.confdir / "web" / "vdir").unlink()
         (machines.there.confdir / "web").rmdir()
-        copying = _command(machines, "-q", "--bwlimit", "20M")
-        with subprocess.Popen(copying, stderr=subprocess.PIPE) as process:
+        copying = _command(machines, "--json", "--bwlimit", "2M")
+        with subprocess.Popen(copying, stderr=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+            wait_for(lambda: bool(_areas(machines)) or process.poll() is not None)
+            turns = 0
             while process.poll() is None:
                 subprocess.run([vpool, "reclaim"], env=environment, check=True, capture_output=True)
-            _, said = process.communicate()
+                turns += 1
+            told, said = process.communicate()
         assert process.returncode == 0, said.decode()
+        assert turns
+        assert json.loads(told)["bytes_already_there"] > 2 << 20
         assert _differences(machines) == []
         assert find_faults(machines.there.pool) == []
 
@@ -229,19 +294,20 @@ def test_a_full_disk_there_leaves_the_target_and_keeps_what_arrived(
         assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(200)
 def test_a_source_that_changes_all_the_time_is_named(machines: Machines, tool: Tool) -> None:
-    """It takes longer to read than a busy machine keeps the writer from its turn."""
+    """Each time that it is sent takes so long that the writer gets its turn meanwhile."""
+    size = 40 << 20
     big = machines.here.root("web") / "var/log/big"
-    big.write_bytes(os.urandom(64 << 20))
+    big.write_bytes(os.urandom(size))
     script = 'while :; do printf x >>"$0"; done'
     with subprocess.Popen(["sh", "-c", script, big]) as writing:
         try:
-            wait_for(lambda: big.stat().st_size > 64 << 20)
-            done = tool("vserver-copy", *_command(machines, "-q")[1:])
+            wait_for(lambda: big.stat().st_size > size)
+            done = tool("vserver-copy", *_command(machines, "-q", "--bwlimit", "16M")[1:])
         finally:
             writing.kill()
     assert done.returncode == 20, done.stderr
     assert "var/log/big: changed while it was read" in done.stderr
-    assert (machines.there.root("web") / "var/log/big").stat().st_size >= 64 << 20
+    assert (machines.there.root("web") / "var/log/big").stat().st_size >= size
     _finish(tool, machines, "--refresh")

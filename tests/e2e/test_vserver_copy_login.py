@@ -1,9 +1,12 @@
-"""Ways in that a person has: passwords, passphrases, ProxyCommand, against a real sshd."""
+"""Ways in that a person has: passwords, passphrases, questions of PAM, ProxyCommand, against a real
+sshd.
+"""
 
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -12,12 +15,14 @@ from tests.conftest import Tool
 from tests.fixtures.filesystems import Site
 from tests.fixtures.persons import Person, at_terminal
 from tests.fixtures.probes import need, on
-from tests.fixtures.sshd import PROGRAM, Machines, run_sshd, two_machines
+from tests.fixtures.sshd import PROGRAM, Machines, Server, run_sshd, two_machines
 from tests.fixtures.trees import COPY_MAY_DIFFER, File, differences, snapshot
+from tests.fixtures.windows import wait_for
 
 pytestmark = [need("root", "immutable", "lease", "sshd"), on("ext4"), pytest.mark.timeout(300)]
 
 _PASSWORD = "correct horse"  # noqa: S105 - of an sshd that nobody else reaches
+_CODE = "271828"
 _WAIT_S = 60.0
 
 
@@ -69,6 +74,88 @@ def test_a_password_is_asked_for_and_never_shown(machines: Machines, site: Site)
         assert done.returncode == 6
         assert "it takes: password" in done.stderr
         assert not machines.there.root("two").exists()
+
+
+def _asking(folder: Path, *settings: str) -> AbstractContextManager[Server]:
+    """An sshd whose PAM shows a notice, then asks for the password, then for a code."""
+    folder.mkdir()
+    (folder / "notice").write_text("Only for friends\033[2J of the house\n")
+    script = 'use DB_File; tie %h, "DB_File", $ARGV[0] or die; $h{root} = $ARGV[1]; untie %h'
+    subprocess.run(["perl", "-e", script, folder / "codes.db", _CODE], check=True)
+    lines = [
+        f"auth required pam_echo.so file={folder / 'notice'}",
+        "auth required pam_unix.so",
+        f"auth required pam_userdb.so db={folder / 'codes'} crypt=none",
+        "account required pam_permit.so",
+        "session required pam_permit.so",
+    ]
+    pam = "\n".join([*lines, ""])
+    return run_sshd(folder, *settings, password=_PASSWORD, pam=pam)
+
+
+def _answer_both(person: Person, code: str) -> str:
+    said = person.wait_for("(root@127.0.0.1) Password: ", timeout_s=_WAIT_S)
+    person.type(f"{_PASSWORD}\n")
+    said += person.wait_for("(root@127.0.0.1) Password: ", timeout_s=_WAIT_S)
+    person.type(f"{code}\n")
+    return said
+
+
+def test_each_question_of_the_other_machine_is_put_to_the_person(
+    machines: Machines, site: Site
+) -> None:
+    """Keyboard-interactive: two questions, with a notice whose escape sequence does nothing."""
+    with _asking(site.filesystem.folder / "asking") as server:
+        command = _command(machines, server.port, server.known_hosts())
+        with at_terminal([*command, "web", "root@127.0.0.1:"]) as person:
+            said = _answer_both(person, _CODE)
+            said += person.wait_for("copy root@127.0.0.1:web", timeout_s=_WAIT_S)
+            assert person.wait(timeout_s=_WAIT_S) == 0
+        assert "(root@127.0.0.1) Only for friends [2J of the house" in said
+        assert "\033[2J" not in said
+        assert _PASSWORD not in said + person.seen
+        assert _CODE not in said + person.seen
+        assert _has_come(machines)
+        with at_terminal([*command, "web", "root@127.0.0.1:two"]) as person:
+            _answer_both(person, "000000")
+            person.wait_for("refuses the login of root", timeout_s=_WAIT_S)
+            assert person.wait(timeout_s=_WAIT_S) == 6
+        assert not machines.there.root("two").exists()
+
+
+def test_a_key_and_then_the_questions_where_both_are_wanted(machines: Machines, site: Site) -> None:
+    both = ["PubkeyAuthentication yes", "AuthenticationMethods publickey,keyboard-interactive"]
+    both += ["LogLevel VERBOSE"]
+    with _asking(site.filesystem.folder / "asking", *both) as server:
+        command = _command(machines, server.port, server.known_hosts(), "-i", server.key)
+        with at_terminal([*command, "web", "root@127.0.0.1:"]) as person:
+            _answer_both(person, _CODE)
+            person.wait_for("copy root@127.0.0.1:web", timeout_s=_WAIT_S)
+            assert person.wait(timeout_s=_WAIT_S) == 0
+        assert _has_come(machines)
+        log = (server.folder / "log").read_text()
+        assert "Partial publickey for root" in log
+        assert "Accepted keyboard-interactive/pam for root" in log
+        quiet: list[str | Path] = [*command, "-q", "web", "root@127.0.0.1:two"]
+        done = subprocess.run(
+            quiet, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 6
+        assert "it takes: keyboard-interactive" in done.stderr
+
+
+def test_who_gives_up_at_a_question_finds_the_terminal_as_it_was(
+    machines: Machines, site: Site
+) -> None:
+    with _asking(site.filesystem.folder / "asking") as server:
+        command = _command(machines, server.port, server.known_hosts())
+        with at_terminal([*command, "web", "root@127.0.0.1:"]) as person:
+            person.wait_for("(root@127.0.0.1) Password: ", timeout_s=_WAIT_S)
+            assert not person.shows_typing()
+            person.type("\3")
+            wait_for(person.shows_typing)
+            assert person.wait(timeout_s=_WAIT_S) != 0
+    assert not machines.there.root("web").exists()
 
 
 def test_a_passphrase_is_asked_for_and_never_by_a_quiet_run(machines: Machines) -> None:

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import hmac
+import json
 import os
 import subprocess
 from collections.abc import Iterator
@@ -10,13 +11,25 @@ from pathlib import Path
 
 import pytest
 
+from bench.wires import THERE, joined
 from tests.conftest import Tool
 from tests.fixtures.filesystems import Site
 from tests.fixtures.probes import need, on
-from tests.fixtures.sshd import Machines, Server, run_sshd, two_machines
+from tests.fixtures.sshd import (
+    PROGRAM,
+    Machines,
+    Server,
+    remote_command,
+    run_sshd,
+    two_machines,
+)
 from tests.fixtures.trees import COPY_MAY_DIFFER, File, differences, snapshot
+from tests.fixtures.windows import wait_for
 
 pytestmark = [need("root", "immutable", "lease", "sshd"), on("ext4")]
+
+_NO_KEYS = 1
+"""What ssh-add(1) -l ends with where an agent answers that has no key."""
 
 
 @pytest.fixture
@@ -237,15 +250,53 @@ def test_proxy_jump_goes_through_hosts_that_are_checked_too(
         assert "Accepted publickey for root" in log
 
 
+@need("slow_line")
+def test_proxy_jump_over_a_slow_line_to_what_only_the_hop_reaches(site: Site) -> None:
+    """8 Mbit/s to the hop, on whose loopback address the other sshd listens."""
+    folder = site.filesystem.folder / "wire"
+    folder.mkdir()
+    with joined(folder) as wire, run_sshd(folder / "far", namespace=wire.namespaces[1]) as far:
+        wire.here.add_guest(
+            "web", [File("file", os.urandom(4 << 20)), File("etc/small", b"x" * 99)]
+        )
+        wire.limit("8mbit")
+        hop = f"Host hop\n  HostName {THERE}\n  User root\n  IdentityFile {wire.server.key}\n"
+        config, known = folder / "config", folder / "known_hosts"
+        config.write_text(f"{_block(far, 'other')}  ProxyJump hop\n{hop}")
+        known.write_text(f"{far.place} {far.public_key}\n{THERE} {wire.server.public_key}\n")
+        words: list[str | Path] = [PROGRAM, "-F", config, "--known-hosts", known]
+        words += ["--remote-command", remote_command(wire.there)]
+
+        def copy(*more: str) -> str:
+            command = wire.command(*words, *more, "web", "other:")
+            return subprocess.run(
+                command, env=wire.environment(), check=True, capture_output=True, text=True
+            ).stdout
+
+        before = wire.count_bytes()
+        report = json.loads(copy("--json"))
+        assert wire.count_bytes() - before > 4 << 20
+        assert report["seconds"] > 3.5
+        found = (snapshot(place.root("web")) for place in (wire.here, wire.there))
+        assert differences(*found, ignoring=COPY_MAY_DIFFER) == []
+        assert "nothing to do" in copy("--refresh")
+        for server in (wire.server, far):
+            assert "Accepted publickey for root" in (server.folder / "log").read_text()
+
+
 def test_an_agent_has_the_key(
     machines: Machines, tool: Tool, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     agent = home / "agent"
     with subprocess.Popen(["ssh-agent", "-D", "-a", agent], stdout=subprocess.DEVNULL) as process:
         try:
-            while not agent.exists():
-                assert process.poll() is None
             monkeypatch.setenv("SSH_AUTH_SOCK", os.fspath(agent))
+            asking = ["ssh-add", "-l"]
+            wait_for(
+                lambda: (
+                    subprocess.run(asking, capture_output=True, check=False).returncode == _NO_KEYS
+                )
+            )
             subprocess.run(["ssh-add", "-q", machines.server.key], check=True)
             block = _block(machines.server, "other").rpartition("  IdentityFile")[0]
             _write_config(home, machines.server, block)

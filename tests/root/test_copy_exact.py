@@ -201,6 +201,25 @@ def test_large_files_travel_as_the_blocks_that_differ(site: Site, tool: Tool, ch
         assert sent < (9 << 20 if change == "punch" else 1 << 20)
 
 
+def test_so_many_large_files_as_there_are_travel_as_the_blocks_that_differ(
+    site: Site, tool: Tool
+) -> None:
+    """Twenty of them, of whole blocks, which one batch of the manifest names."""
+    names = [f"var/lib/mysql/{number}" for number in range(20)]
+    root = site.add_guest("web", [File(name, os.urandom(4112 << 10)) for name in names])
+    _copy(tool, "web", "copy")
+    for place, name in enumerate(names):
+        with (root / name).open("r+b") as file:
+            file.seek(place * 200_000)
+            file.write(b"page" * 100)
+    report = _copy(tool, "--refresh", "--compress", "none", "web", "copy")
+    assert _differences(site, "web", "copy") == []
+    assert report["files_sent"] == 20
+    sent = report["bytes_sent"]
+    assert isinstance(sent, int)
+    assert 20 * (16 << 10) <= sent < 20 * (16 << 10) + (64 << 10)
+
+
 @pytest.mark.timeout(300)
 @need("debootstrap")
 def test_a_debian_guest_is_equal_arrives_unified_and_its_sibling_costs_little(

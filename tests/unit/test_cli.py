@@ -346,3 +346,16 @@ def test_completion_survives_what_it_cannot_read(
     monkeypatch.setenv("VSERVER_CONFDIR", os.fspath(tmp_path / "file"))
     assert completed(many, [], "") == []
     assert rundir().is_absolute()
+
+
+def test_who_interrupts_a_command_while_it_loads_is_shown_no_traceback() -> None:
+    script = """
+import os, signal, sys
+def interrupt(event, arguments):
+    if event == "import" and arguments[0] == "vstore.copy.access":
+        os.kill(os.getpid(), signal.SIGINT)
+sys.addaudithook(interrupt)
+from vstore.commands import vserver_copy
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, b"")

@@ -1,6 +1,7 @@
 """Blocks of a file: what is said to differ, put over the base, gives the file."""
 
 import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vstore.copy import blocks
+from vstore.copy.choice import Chooser
+from vstore.copy.messages import Base, Dialogue
+from vstore.copy.wire import Channel
 
 _BLOCK = 4096
 
@@ -56,6 +60,37 @@ def test_what_differs_makes_the_file_of_its_base(
             for at in range(0, min(len(was), len(now)) // _BLOCK * _BLOCK, _BLOCK)
         )
         assert sum(len(data) for _, data in stretches) <= len(now) - equal * _BLOCK
+
+
+def test_all_of_many_huge_files_offer_blocks_in_bounded_room(tmp_path: Path) -> None:
+    """The more is on its way, the coarser the blocks; what has come makes room again."""
+    names = [b"%d" % number for number in range(60)]
+    for name in names:
+        with (tmp_path / os.fsdecode(name)).open("wb") as file:
+            file.truncate(4 << 30)
+    left, right = socket.socketpair()
+    ends = [Channel(fd, fd, peer="other", level=0) for fd in (left.detach(), right.detach())]
+    base_fd = os.open(tmp_path, os.O_RDONLY)
+    chooser = Chooser(Dialogue(ends[0]), None, None, base_fd, None)
+    try:
+        for row, name in enumerate(names):
+            chooser.offer_blocks((row, b"", name))
+        assert len(chooser.deltas) == len(names)
+        for row in range(len(names)):
+            chooser.drop_delta(row)
+        chooser.offer_blocks((60, b"", names[0]))
+        found: dict[int, tuple[int, int]] = {}
+        while 60 not in found or found[60][1] < 2 << 20:
+            base = Dialogue(ends[1]).expect(Base)
+            found[base.row] = (base.block, found.get(base.row, (0, 0))[1] + len(base.digests))
+    finally:
+        chooser.close()
+        os.close(base_fd)
+        for end in ends:
+            end.close(wait_s=0)
+    assert found[0] == found[60] == (16 << 10, 2 << 20)
+    assert sum(count for row, (_, count) in found.items() if row < 60) <= 32 << 20
+    assert all(count == blocks.count_blocks(4 << 30, block) * 8 for block, count in found.values())
 
 
 def test_holes_are_not_read_and_have_the_digest_of_zeros(tmp_path: Path) -> None:

@@ -66,18 +66,24 @@ def test_a_shelf_tells_of_the_very_object_first_and_of_few_others() -> None:
     shelf.close()
 
 
-def test_contents_are_given_once_and_the_oldest_go_first() -> None:
+def test_contents_are_given_once_and_the_oldest_stay() -> None:
+    """However far a listing is ahead, what is served next was kept; what was served makes room."""
     contents = Contents(most=10)
     for number in range(4):
         contents.keep((number, 4, 0, 0), b"%04d" % number)
+    contents.keep((0, 4, 0, 0), b"0000")
+    assert contents.take((0, 4, 0, 0)) == b"0000"
     assert contents.take((0, 4, 0, 0)) is None
-    assert contents.take((1, 4, 0, 0)) is None
-    assert contents.take((2, 4, 0, 0)) == b"0002"
     assert contents.take((2, 4, 0, 0)) is None
     assert contents.take(None) is None
     contents.keep((5, 4, 0, 0), b"abcd")
-    assert contents.take((3, 4, 0, 0)) == b"0003"
+    contents.keep((6, 4, 0, 0), b"efgh")
+    contents.drop([(1, 4, 0, 0), None, (9, 4, 0, 0)])
+    assert contents.take((1, 4, 0, 0)) is None
+    contents.keep((7, 4, 0, 0), b"ijkl")
     assert contents.take((5, 4, 0, 0)) == b"abcd"
+    assert contents.take((6, 4, 0, 0)) is None
+    assert contents.take((7, 4, 0, 0)) == b"ijkl"
 
 
 def test_ahead_is_so_many_items_ahead_and_no_more() -> None:

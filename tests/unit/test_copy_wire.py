@@ -1,6 +1,7 @@
 """Frames arrive as they were sent, or the connection ends: nothing is taken for another thing."""
 
 import os
+import random
 import socket
 import struct
 import threading
@@ -13,17 +14,17 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vstore.copy.wire import FRAME_LIMIT, Channel, ConnectionLost, check_of, unpack
+from vstore.copy.wire import FRAME_LIMIT, SILENCE_S, Channel, ConnectionLost, check_of, unpack
 from vstore.errors import FormatUnknown, ToolError
 
 _HEAD = struct.Struct(">IIBB")
 
 
 @contextmanager
-def _pair(*, silence_s: float = 5, level: int | None = None) -> Iterator[tuple[Channel, Channel]]:
+def _pair(*, level: int | None = None) -> Iterator[tuple[Channel, Channel]]:
     left, right = socket.socketpair()
     ends = [
-        Channel(fd, fd, peer=name, silence_s=silence_s, level=level)
+        Channel(fd, fd, peer=name, level=level)
         for fd, name in ((left.detach(), "left"), (right.detach(), "right"))
     ]
     try:
@@ -34,7 +35,7 @@ def _pair(*, silence_s: float = 5, level: int | None = None) -> Iterator[tuple[C
 
 
 @contextmanager
-def _raw(*, silence_s: float = 5) -> Iterator[tuple[Channel, socket.socket]]:
+def _raw(*, silence_s: float = SILENCE_S) -> Iterator[tuple[Channel, socket.socket]]:
     """A channel, and the bare end of what it reads."""
     ours, theirs = socket.socketpair()
     fd = ours.detach()
@@ -99,12 +100,34 @@ def test_what_compresses_goes_compressed_and_is_counted() -> None:
 
 
 def test_a_rate_is_kept() -> None:
+    """Never faster; who shares the machine with others may have to try again to be as fast."""
+    took: list[float] = []
     with _pair(level=0) as (left, right):
         left.rate = 1 << 20
-        began = time.monotonic()
-        left.send(1, bytes(1 << 20))
-        right.receive()
-        assert 0.5 < time.monotonic() - began < 4
+        while len(took) < 5 and min(took, default=4) >= 4:
+            began = time.monotonic()
+            left.send(1, bytes(1 << 20))
+            right.receive()
+            took.append(time.monotonic() - began)
+    assert min(took) > 0.5
+    assert min(took) < 4
+
+
+def test_what_a_slow_wire_carries_is_compressed_the_harder() -> None:
+    """A compressor that is much quicker than the wire; each frame has the same words."""
+    chance = random.Random(1)  # noqa: S311 - no secret
+    words = [chance.randbytes(chance.randrange(3, 12)) for _ in range(500)]
+    body = b" ".join(chance.choices(words, k=9000))
+    sizes: list[int] = []
+    with _pair() as (left, right):
+        left.rate = 400_000
+        while len(sizes) < 9 or (sizes[-1] > 0.95 * sizes[0] and len(sizes) < 400):
+            before = left.bytes_sent
+            left.send(1, body)
+            right.receive()
+            left.flush()
+            sizes.append(left.bytes_sent - before)
+    assert sizes[-1] < 0.95 * sizes[0]
 
 
 def test_a_body_that_is_too_long_is_not_sent() -> None:
@@ -146,8 +169,9 @@ def test_silence_ends_the_connection() -> None:
 def test_what_is_no_frame_ends_the_connection(sent: bytes) -> None:
     with _raw() as (channel, theirs):
         theirs.sendall(sent)
-        with pytest.raises(ToolError):
+        with pytest.raises(ToolError) as found:
             channel.receive()
+    assert "nothing came" not in found.value.message
 
 
 def test_a_login_shell_that_talks_is_named() -> None:
@@ -189,6 +213,7 @@ def test_no_change_to_a_stream_of_frames_goes_unseen(data: st.DataObject) -> Non
     with _raw() as (channel, theirs):
         theirs.sendall(stream)
         theirs.close()
-        with pytest.raises(ToolError):
+        with pytest.raises(ToolError) as found:
             _receive_all(channel, got)
+    assert "nothing came" not in found.value.message
     assert got == bodies[: len(got)]

@@ -16,14 +16,16 @@ LARGE: Final = 4 << 20
 """Only larger files (bytes) travel as the blocks that differ."""
 DIGEST_BYTES: Final = 8
 _SMALLEST: Final = 16 << 10  # a page of many databases
-_BLOCKS_AT_MOST: Final = 1 << 18
+_DIGESTS_AT_MOST: Final = 2 << 20  # bytes
 _BUFFER: Final = 1 << 20
 
 
-def choose_block(size: int) -> int:
-    """The block size for a file of `size` bytes: the digests of all take 2 MiB at most."""
+def choose_block(size: int, most: int = _DIGESTS_AT_MOST) -> int:
+    """The block size for a file of `size` bytes, so that the digests of all take `most` bytes at
+    most; that is one digest or more.
+    """
     block = _SMALLEST
-    while size > block * _BLOCKS_AT_MOST:
+    while count_blocks(size, block) * DIGEST_BYTES > most:
         block *= 2
     return block
 

@@ -24,7 +24,12 @@ from vstore.scan import open_below
 
 _MIN_SIZE: Final = 16  # bytes of an object, as vunify
 _BASE_STEP: Final = 1 << 20  # bytes of blocks' digests a message
-_DELTAS_AT_ONCE: Final = 16
+_OFFERED_AT_MOST: Final = 32 << 20
+"""Bytes of blocks' digests on their way to the sender: what both sides' buffers hold, so that
+neither waits for the other to take something.
+"""
+_SHARE: Final = 8  # a file's part of what is left of that
+_COARSEST: Final = 4 << 20  # bytes of a block that is larger than a file's finest
 
 
 class Wish(NamedTuple):
@@ -64,6 +69,8 @@ class Chooser:
         self._objects_fd = -1 if pool is None else pool.objects_fd
         self._shelf = Shelf(pool)
         self.deltas: dict[int, bytes] = {}  # row -> folder of the version that it is made from
+        self._offered: dict[int, int] = {}  # row -> bytes of blocks' digests
+        self._offered_bytes = 0
 
     def close(self) -> None:
         self._shelf.close()
@@ -157,16 +164,20 @@ class Chooser:
 
     def offer_blocks(self, spot: placer.Spot) -> None:
         """Say which blocks the target's version of a large file has."""
-        if len(self.deltas) >= _DELTAS_AT_ONCE:
-            return
+        most = (_OFFERED_AT_MOST - self._offered_bytes) // _SHARE
         with suppress(OSError):
             fd = self.open_in_base(spot[1], spot[2])
             try:
                 status = os.fstat(fd)
                 if not stat.S_ISREG(status.st_mode) or status.st_size <= blocks.LARGE:
                     return
-                block = blocks.choose_block(status.st_size)
-                digests = self._base.known_blocks(fd) if self._base is not None else b""
+                finest = blocks.choose_block(status.st_size)
+                block = max(finest, blocks.choose_block(status.st_size, max(most, 8)))
+                if block > max(finest, _COARSEST):
+                    return
+                digests = b""
+                if self._base is not None and block == finest:
+                    digests = self._base.known_blocks(fd)
                 digests = digests or blocks.digest_blocks(fd, status.st_size, block)
             finally:
                 os.close(fd)
@@ -174,6 +185,13 @@ class Chooser:
                 some = digests[start : start + _BASE_STEP]
                 self._dialogue.send(Base(spot[0], block, some, status.st_size))
             self.deltas[spot[0]] = spot[1]
+            self._offered[spot[0]] = len(digests)
+            self._offered_bytes += len(digests)
+
+    def drop_delta(self, row: int) -> None:
+        """The content of a row has come, or will not."""
+        self.deltas.pop(row, None)
+        self._offered_bytes -= self._offered.pop(row, 0)
 
 
 def meta_of(row: Row) -> placer.Meta:

@@ -13,6 +13,9 @@ from vstore.copy.messages import Hostile, Piece
 from vstore.digest import digest_content
 
 _BUFFER: Final = 1 << 20
+_HUGE: Final = 64 << 20
+_THREADS: Final = min(4, os.cpu_count() or 1)
+"""Cores that digest a huge file (bytes): who waits for that has nothing else to do."""
 
 
 class Incoming:
@@ -56,7 +59,7 @@ class Incoming:
 
     def drop(self, number: int) -> None:
         """The rest of this row's file will not come."""
-        self._chooser.deltas.pop(number, None)
+        self._chooser.drop_delta(number)
         if self._part is not None and self._part[0] == number:
             self.close()
             self._area.drop_part(number)
@@ -81,7 +84,7 @@ class Incoming:
         found = self._follower.end() if self._follower is not None else b""
         is_good = (found or digest_content(fd, os.fstat(fd))) == row.digest
         self.close()
-        self._chooser.deltas.pop(number, None)
+        self._chooser.drop_delta(number)
         if is_good:
             self._area.keep_part(number, row.digest)
         else:
@@ -103,7 +106,8 @@ class Follower:
         self._base_fd = base_fd
         self._base = os.fstat(base_fd) if base_fd >= 0 else None
         self._done = 0
-        self._hasher: blake3 | None = blake3()
+        threads = _THREADS if size > _HUGE else 1
+        self._hasher: blake3 | None = blake3(max_threads=threads)
 
     def close(self) -> None:
         if self._base_fd >= 0:

@@ -14,7 +14,7 @@ _FRESH_AT_ONCE: Final = 1000
 _INODES_AT_ONCE: Final = 500
 _ALL_AT_ONCE: Final = 50_000  # rows of the index, of some 400 bytes each
 _SEEN: Final = 50_000
-_CONTENTS_BYTES: Final = 48 << 20
+_CONTENTS_BYTES: Final = 64 << 20
 
 Key = tuple[int, int, int, int]
 """Inode number, size, mtime and ctime (ns) of a file when it was listed."""
@@ -95,8 +95,10 @@ class Digests:
 
 
 class Contents:
-    """Contents of small files, the newest ones: a sender that is close behind its listing reads
-    them once.
+    """Contents of small files that were listed and are not served yet: a sender reads them once.
+
+    What finds no room is read again. The oldest stay, since they are served next: a listing that is
+    far ahead would otherwise put out each of them before its turn.
     """
 
     def __init__(self, most: int = _CONTENTS_BYTES) -> None:
@@ -107,10 +109,9 @@ class Contents:
 
     def keep(self, key: Key, content: bytes) -> None:
         with self._lock:
-            self._bytes += len(content) - len(self._kept.pop(key, b""))
-            self._kept[key] = content
-            while self._bytes > self._most:
-                self._bytes -= len(self._kept.pop(next(iter(self._kept))))
+            if key not in self._kept and self._bytes + len(content) <= self._most:
+                self._bytes += len(content)
+                self._kept[key] = content
 
     def take(self, key: Key | None) -> bytes | None:
         """The content of the file that has this key, once; None where it is not kept any more."""
@@ -118,3 +119,10 @@ class Contents:
             content = self._kept.pop(key, None) if key is not None else None
             self._bytes -= len(content or b"")
             return content
+
+    def drop(self, keys: Sequence[Key | None]) -> None:
+        """Nobody asks for these any more."""
+        with self._lock:
+            for key in keys:
+                if key is not None:
+                    self._bytes -= len(self._kept.pop(key, b""))

@@ -33,7 +33,7 @@ _MIN_SIZE: Final = 16  # bytes, as vunify
 _BODY_LIMIT: Final = 3 << 20  # bytes of a batch
 SMALL: Final = 512 << 10
 """Files (bytes) that are read, and sent, in one piece."""
-_BLOCKS_KEPT: Final = 8  # files, of 2 MiB at most each
+_BLOCKS_AT_MOST: Final = 16 << 20  # bytes of digests of blocks
 _UNREADABLE: Final = "cannot be read"
 _VANISHED: Final = frozenset((errno.ENOENT, errno.ENOTDIR, errno.ELOOP))
 _NO_XATTRS: Final = frozenset((errno.EOPNOTSUPP, errno.ENOTSUP))
@@ -105,7 +105,8 @@ class Listing:
         self._is_still = is_still  # nothing writes to the tree: digests may be kept
         self._keeps_blocks = keeps_blocks
         self._is_stopped = False
-        self.blocks: dict[Key, bytes] = {}  # digests of the blocks of some large files
+        self._blocks: dict[Key, bytes] = {}  # digests of the blocks of some large files
+        self._blocks_bytes = 0
         self._rules = excludes
         device = os.fstat(root_fd).st_dev
         self._pool_ino = os.fstat(pool.fd).st_ino if pool else 0
@@ -354,22 +355,28 @@ class Listing:
                 self._contents.keep(_key_of(status), content)
             return blake3(content).digest()
         is_large = is_dense and status.st_size > blocks.LARGE
-        if not self._keeps_blocks or not is_large or len(self.blocks) >= _BLOCKS_KEPT:
+        if not self._keeps_blocks or not is_large or self._blocks_bytes >= _BLOCKS_AT_MOST:
             return digest_content(fd, status, wanted=self._is_wanted)
         block = blocks.choose_block(status.st_size)
         found = blocks.digest_both(fd, status.st_size, block, wanted=self._is_wanted)
-        digest, self.blocks[_key_of(status)] = found
+        digest, self._blocks[_key_of(status)] = found
+        self._blocks_bytes += len(found[1])
         return digest
 
     def take_content(self, key: Key | None) -> bytes | None:
         """What the file with this key had in it when it was listed, if that is still known."""
         return self._contents.take(key) if self._contents is not None else None
 
+    def drop_contents(self, batch: Listed) -> None:
+        """The batch has been served."""
+        if self._contents is not None:
+            self._contents.drop(batch.keys)
+
     def known_blocks(self, fd: int) -> bytes:
         """The digests of the blocks of the file behind `fd`, of the size that is chosen for it;
         b"" where they were not kept.
         """
-        return self.blocks.get(_key_of(os.fstat(fd)), b"")
+        return self._blocks.get(_key_of(os.fstat(fd)), b"")
 
     def digest_of(self, fd: int) -> bytes:
         """The digest of the file behind `fd`, which is not read again if nothing has touched it."""

@@ -184,6 +184,7 @@ class Sender:
         if proofs:
             self._dialogue.send(Proofs(batch.number, proofs))
         self._dialogue.send(Served(batch.number))
+        self._listing.drop_contents(batch)
         size = sum(row.size for _, row in rows)
         self._files += sum(row.is_file for _, row in rows)
         self._saved += size - sum(rows[place][1].size for place in wanted)

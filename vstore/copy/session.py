@@ -20,7 +20,7 @@ from typing import Any, Final
 
 import paramiko
 
-from vstore.copy import hostkeys, sshconfig
+from vstore.copy import hostkeys, questions, sshconfig
 from vstore.copy.access import Access
 from vstore.copy.wire import ConnectionLost
 from vstore.errors import NotPermitted, ToolError
@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 _WINDOW: Final = 1 << 30
 _PACKET: Final = 1 << 18
 _TIMEOUT_S: Final = 20.0
+_PERSON_S: Final = 300.0  # to answer; sshd allows two minutes unless told otherwise
 _STEP: Final = 1 << 18
 _SAID_AT_MOST: Final = 1 << 14
 _REKEY_BYTES: Final = 1 << 38  # far below what AES-GCM allows a key; each rekeying is a pause
@@ -259,25 +260,45 @@ class _Connector:
         for key in self._keys():
             tried += 1
             try:
-                transport.auth_publickey(self._user, key)
+                more = transport.auth_publickey(self._user, key)
             except paramiko.BadAuthenticationType as error:
                 allowed = error.allowed_types
                 break
             except paramiko.SSHException:
                 if not transport.is_active():
                     break
+                continue
             if transport.is_authenticated():
                 return
+            allowed = more  # the key is good, and not enough
+            break
         if self._access.may_ask and sys.stdin.isatty() and transport.is_active():
             with contextlib.suppress(paramiko.SSHException):
-                asked = getpass.getpass(f"{self._user}@{self._host}'s password: ")
-                transport.auth_password(self._user, asked)
+                self._ask(transport, allowed)
+            if transport.is_authenticated():
                 return
         which = f"; it takes: {', '.join(allowed)}" if allowed else ""
         raise NotPermitted(
             f"{self._access.shown}: refuses the login of {self._user} ({tried} keys tried{which})",
             hint="see that the key is in authorized_keys there; -i FILE names another",
         )
+
+    def _ask(self, transport: paramiko.Transport, allowed: Sequence[str]) -> None:
+        """Log in by what the person knows: the other machine's own questions, or a password.
+
+        Raises SSHException where that is refused.
+        """
+        if "keyboard-interactive" in allowed:
+            place = f"{self._user}@{self._host}"
+            transport.auth_timeout = _PERSON_S
+            with questions.terminal_kept():
+                allowed = transport.auth_interactive(
+                    self._user,
+                    lambda title, text, asked: questions.put(place, (title, text), asked),
+                )
+        if not transport.is_authenticated() and ("password" in allowed or not allowed):
+            secret = getpass.getpass(f"{self._user}@{self._host}'s password: ")
+            transport.auth_password(self._user, secret, fallback=False)
 
     def _keys(self) -> Iterator[paramiko.PKey]:
         named = [Path(name).expanduser() for name in self._access.identities]

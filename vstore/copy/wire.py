@@ -45,7 +45,7 @@ _READ_AHEAD: Final = 24 << 20  # bytes received and not taken yet
 _WRITE_AHEAD: Final = 8 << 20  # bytes to be sent
 _PULSE_S: Final = 10.0
 _STEP: Final = 1 << 18  # bytes a write(2), so that a limited rate is even
-_LEVELS: Final = (1, 3, 5, 8)  # of zstd, for a link that is slower and slower than we
+_LEVELS: Final = (-1, 1, 3, 5, 8)  # of zstd, for a link that is slower and slower than we
 _FRAMES_A_LOOK: Final = 8
 _SLOW: Final = 3.0  # times as long on the wire as in the compressor
 
@@ -314,12 +314,16 @@ class Channel:
 
 
 class _Packer:
-    """Compresses bodies, the harder the longer the wire takes for what comes out."""
+    """Compresses bodies, the harder the longer the wire takes for what comes out.
+
+    The wire may take long because this machine has more to do than it can: the other side may be
+    waiting for a core that we use. So it counts by how much the compressor itself was kept waiting.
+    """
 
     def __init__(self) -> None:
         self._compressors: dict[int, zstandard.ZstdCompressor] = {}
         self._at = 0
-        self._packed_s = self._written_s = 0.0
+        self._packed_s = self._worked_s = self._written_s = 0.0
         self._frames = 0
 
     def pack(self, body: bytes, level: int | None) -> tuple[int, bytes]:
@@ -328,20 +332,22 @@ class _Packer:
         wanted = _LEVELS[self._at] if level is None else level
         if wanted not in self._compressors:
             self._compressors[wanted] = zstandard.ZstdCompressor(level=wanted)
-        began = time.monotonic()
+        began, worked = time.monotonic(), time.thread_time()
         packed = self._compressors[wanted].compress(body)
         self._packed_s += time.monotonic() - began
+        self._worked_s += time.thread_time() - worked
         return (_ZSTD, packed) if len(packed) < len(body) else (_PLAIN, body)
 
     def note_write(self, seconds: float) -> None:
         self._written_s += seconds
         self._frames += 1
         if self._frames >= _FRAMES_A_LOOK:
-            if self._written_s > _SLOW * self._packed_s:
+            kept_waiting = self._packed_s / max(self._worked_s, 1e-6)
+            if self._written_s > _SLOW * self._packed_s * kept_waiting:
                 self._at = min(self._at + 1, len(_LEVELS) - 1)
             elif self._written_s < self._packed_s:
                 self._at = max(self._at - 1, 0)
-            self._frames, self._packed_s, self._written_s = 0, 0.0, 0.0
+            self._frames, self._packed_s, self._worked_s, self._written_s = 0, 0.0, 0.0, 0.0
 
 
 def check_of(number: int, head: bytes, body: bytes) -> bytes:
