@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.fixtures.joins import command_of
 from tests.fixtures.persons import Person, at_terminal
 from tests.fixtures.probes import need
 from tests.fixtures.vservers import (
@@ -18,10 +19,10 @@ from tests.fixtures.vservers import (
     Host,
     grow_busybox,
     host_for_guests,
+    kill,
     status_of,
-    wait_until,
 )
-from tests.fixtures.witness import children_of, link
+from tests.fixtures.witness import link
 
 pytestmark = need("root")
 
@@ -134,7 +135,7 @@ def test_a_command_has_what_the_guests_init_has(web: Host) -> None:
 def test_a_command_is_in_all_namespaces_and_groups_of_the_guest(web: Host) -> None:
     pid = web.init_pid("web")
     with web.begin("web", "exec", "sleep", "60") as client:
-        command = _command_of(client.pid)
+        command = command_of(client.pid, "sleep")
         try:
             for kind in ("mnt", "pid", "uts", "ipc", "net", "cgroup", "time", "user"):
                 assert link(f"/proc/{command}/ns/{kind}") == link(f"/proc/{pid}/ns/{kind}"), kind
@@ -156,13 +157,13 @@ def test_an_edit_since_the_start_gives_a_command_no_more(web: Host) -> None:
 
 def test_a_command_dies_with_its_guest(web: Host) -> None:
     with web.begin("web", "exec", "sleep", "60") as client:
-        _command_of(client.pid)
+        command_of(client.pid, "sleep")
         web.vserver("web", "stop")
         assert client.wait(60) in (128 + signal.SIGTERM, 128 + signal.SIGKILL)
 
 
 def test_a_command_can_be_run_where_the_monitor_was_killed(web: Host) -> None:
-    os.kill(web.monitor_pid("web"), signal.SIGKILL)
+    kill(web.monitor_pid("web"))
 
     assert web.inside("web", "id", "-u") == "0\n"
 
@@ -240,14 +241,3 @@ def test_a_command_sees_three_descriptors_and_none_of_the_hosts(web: Host, tmp_p
 
 def _read(pid: int, name: str) -> str:
     return Path(f"/proc/{pid}/{name}").read_text()
-
-
-def _command_of(client_pid: int) -> int:
-    """The command that `vserver` has started in the guest."""
-
-    def found() -> list[int]:
-        pids = [pid for stub in children_of(client_pid) for pid in children_of(stub)]
-        return [pid for pid in pids if _read(pid, "comm") == "sleep\n"]
-
-    wait_until(lambda: bool(found()))
-    return found()[0]
