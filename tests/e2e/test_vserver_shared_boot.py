@@ -41,7 +41,7 @@ def test_a_guest_boots_works_and_stops(host: Host) -> None:
     assert host.state("one")["protection"] == "copy-on-write"
     if (host.etc.vdirbase / "one/usr/bin/systemctl").exists():
         ask = ("one", "exec", "systemctl", "is-system-running")
-        wait_until(lambda: host.try_vserver(*ask).stdout == "running\n", 60)
+        wait_until(lambda: host.try_vserver(*ask).stdout == "running\n", 120)
     host.inside("one", "useradd", "--create-home", "someone")
     host.inside("one", "sh", "-c", "echo x >> /etc/debian_version; dpkg --configure -a")
     assert host.vserver("one", "suexec", "someone", "sh", "-c", "echo x > ~/x; cat ~/x").stdout
