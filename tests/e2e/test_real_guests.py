@@ -13,6 +13,8 @@ from tests.fixtures.trees import differences, snapshot
 
 pytestmark = need("immutable", "lease", "debootstrap")
 
+_TIMEOUT_S = 600
+
 
 def _verify_packages(root: Path) -> str:
     """What dpkg finds changed in the guest, from outside: it runs nothing of the guest's."""
@@ -33,10 +35,10 @@ def test_real_guests_are_unified_and_nothing_in_them_has_changed(site: Site, too
     verified = [_verify_packages(root) for root in roots]
     mount = site.filesystem.mount
     free = free_bytes(mount)
-    done = tool("vunify", "--all")
+    done = tool("vunify", "--all", timeout_s=_TIMEOUT_S)
     assert done.returncode == 0, done.stderr
     for was, root in zip(before, roots, strict=True):
         assert differences(was, snapshot(root)) == []
     assert [_verify_packages(root) for root in roots] == verified
     assert freed(mount, free, 110 << 20) > 100 << 20
-    assert tool("vpool", "verify").returncode == 0
+    assert tool("vpool", "verify", timeout_s=_TIMEOUT_S).returncode == 0

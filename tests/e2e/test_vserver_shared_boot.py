@@ -28,7 +28,7 @@ def host(
         for name in ("one", "two"):
             root = guests.unpack(_RECIPES[request.param], host.etc.vdirbase / name)
             host.add(name, root, {"apps/init/style": _STYLES[request.param], "fstab": _FSTAB})
-        done = tool("vunify", "--all")
+        done = tool("vunify", "--all", timeout_s=300)
         assert done.returncode == 0, done.stderr
         yield host
         host.try_vserver("one", "stop")

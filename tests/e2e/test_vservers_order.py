@@ -20,7 +20,7 @@ from tests.fixtures.vservers import (
     run_installed,
 )
 
-pytestmark = need("root")
+pytestmark = [need("root"), pytest.mark.timeout(400)]
 
 VSERVERS = VSERVER.with_name("vservers")
 
@@ -37,7 +37,7 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
 
 def bulk(*words: str, code: int = 0) -> subprocess.CompletedProcess[str]:
     """`vservers` as installed, which must end with `code`."""
-    return run_installed("vservers", *words, code=code, timeout_s=110)
+    return run_installed("vservers", *words, code=code, timeout_s=300)
 
 
 def note_all(host: Host, log: Path) -> None:
