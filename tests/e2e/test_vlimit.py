@@ -96,7 +96,7 @@ def test_a_new_limit_of_memory_is_felt_and_counted(host: Host) -> None:
 
 
 def test_another_share_of_the_processors_holds_at_once(host: Host) -> None:
-    cpus = len(os.sched_getaffinity(0))
+    cpus = len(os.sched_getaffinity(host.init_pid("web")))
     assert run("vsched", "-c", "web").stdout.startswith(f"50.0% of each of {cpus} cpus; ")
     share = ("--fill-rate", "1", "--interval", "20", "--prio-bias", "5")
     run("vsched", "-c", "web", *share, "--tokens-max", "3")

@@ -79,15 +79,15 @@ def test_more_memory_than_it_may_have_ends_the_process(host: Host) -> None:
 
 
 def test_it_gets_no_more_cpu_time_than_its_share(host: Host) -> None:
-    keys = {"cflags": "sched_hard", "sched/fill-rate": "1", "sched/interval": "10"}
+    keys = {"cflags": "sched_hard", "sched/fill-rate": "1", "sched/interval": "40"}
     assert _start(host, keys) == ""
-    share = len(os.sched_getaffinity(0)) / 10
+    share = len(os.sched_getaffinity(host.init_pid("web"))) / 40  # less than is left for it
     quota = _read(host, "cpu.max", "cpu.cfs_quota_us").split()[0]
     assert int(quota) == 100_000 * share
     busy = "(while :; do :; done) & (while :; do :; done) & sleep 3; kill %1 %2"
 
     def is_held_back() -> bool:
-        """It never gets more; where others have the processors it may even get less."""
+        """It never gets more; on a very busy machine it may even get less."""
         used, began = _cpu_us(host), time.monotonic()
         host.inside("web", "sh", "-c", busy)
         assert (_cpu_us(host) - used) / (time.monotonic() - began) / 1e6 < 1.5 * share
