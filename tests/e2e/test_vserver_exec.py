@@ -4,8 +4,9 @@ import os
 import re
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
 import pytest
@@ -21,8 +22,9 @@ from tests.fixtures.vservers import (
     host_for_guests,
     kill,
     status_of,
+    wait_until,
 )
-from tests.fixtures.witness import link
+from tests.fixtures.witness import children_of, link
 
 pytestmark = need("root")
 
@@ -160,6 +162,53 @@ def test_a_command_dies_with_its_guest(web: Host) -> None:
         command_of(client.pid, "sleep")
         web.vserver("web", "stop")
         assert client.wait(60) in (128 + signal.SIGTERM, 128 + signal.SIGKILL)
+
+
+def test_a_signal_reaches_a_command_that_has_yet_to_begin(host: Host) -> None:
+    """The guest gets so little time that its stub can be held before it forks the command."""
+    slow = {"cflags": "sched_hard", "sched/fill-rate": "1", "sched/interval": "100"}
+    host.add_busybox("web", {**SLEEPER, **slow})
+    host.vserver("web", "start")
+    freeze = Path(host.state("web")["cgroup"]) / "cgroup.freeze"
+    was_held = False
+    deadline = time.monotonic() + 100
+    while not was_held and time.monotonic() < deadline:
+        with host.begin("web", "exec", "sleep", "1000") as client:
+            try:
+                wait_until(lambda client=client: bool(_stubs(client.pid)))
+                freeze.write_text("1")
+                was_held = not any(children_of(stub) for stub in _stubs(client.pid))
+                if was_held:
+                    wait_until(lambda client=client: _polls(client.pid))
+                client.send_signal(signal.SIGTERM)
+                wait_until(lambda client=client: _has_heard(client.pid))
+                freeze.write_text("0")
+                assert client.wait(60) == 128 + signal.SIGTERM
+            finally:
+                freeze.write_text("0")
+                client.kill()
+    assert was_held
+
+
+def _stubs(client_pid: int) -> list[int]:
+    """Children of the client that are our interpreter no more."""
+    found = []
+    for pid in children_of(client_pid):
+        with suppress(OSError):
+            if link(f"/proc/{pid}/exe").startswith("/memfd:"):
+                found.append(pid)
+    return found
+
+
+def _polls(pid: int) -> bool:
+    """Whether the process waits in poll(2), or ppoll(2) where there is no other."""
+    return _read(pid, "syscall").split()[0] in ("7", "73")  # asm/unistd_64.h, asm-generic/unistd.h
+
+
+def _has_heard(pid: int) -> bool:
+    """Whether no signal waits for the process any more."""
+    status = status_of(pid)
+    return int(status["SigPnd"], 16) == int(status["ShdPnd"], 16) == 0
 
 
 def test_a_command_can_be_run_where_the_monitor_was_killed(web: Host) -> None:
