@@ -66,7 +66,7 @@ def as_markdown(report: StartReport) -> str:
         "## One guest: until it is started and gone again\n",
         _times(report.results.starts, names, cycle_of),
         "## One guest: until the command that starts it is done\n",
-        "`vserver start` looks on whether the init dies at once, up to 30 ms; the others stay.\n",
+        "`vserver start` looks on while the init works its first 30 ms; the others stay.\n",
         _times(report.results.starts, [VSERVER], started_of),
         *_many(report.results),
         "## Memory outside a guest that runs\n",

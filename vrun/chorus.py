@@ -15,6 +15,7 @@ from contextlib import suppress
 from typing import Final, NoReturn
 
 from vrun import syscalls
+from vstore.heldback import signals_held_back
 from vstore.record import dataclass
 
 _MOST_BYTES: Final = 1 << 16
@@ -85,10 +86,11 @@ class Chorus:
 
     def _begin(self, name: str, act: Callable[[str], int]) -> None:
         pipes = [os.pipe(), os.pipe()]
-        pid = os.fork()
-        if pid == 0:
-            _be_worker(name, act, [far for _, far in pipes])
-        self._pids[name] = pid
+        with signals_held_back() as let_come:
+            pid = os.fork()
+            if pid == 0:
+                _be_worker(name, act, [far for _, far in pipes], let_come)
+            self._pids[name] = pid
         self._open[name] = len(pipes)
         for number, (near, far) in enumerate(pipes, start=1):
             os.close(far)
@@ -121,9 +123,12 @@ class Chorus:
         self._selector.close()
 
 
-def _be_worker(name: str, act: Callable[[str], int], fds: Sequence[int]) -> NoReturn:
+def _be_worker(
+    name: str, act: Callable[[str], int], fds: Sequence[int], let_come: Callable[[], None]
+) -> NoReturn:
     code = EXIT_FAILED
     try:
+        let_come()
         syscalls.set_parent_death_signal(signal.SIGTERM)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         for number, fd in enumerate(fds, start=1):

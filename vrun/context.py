@@ -32,6 +32,7 @@ _ASKED_TIMES: Final = 200
 _ASK_AGAIN_S: Final = 0.01
 _SIGTIMEDWAIT: Final = ("128", "137")  # asm/unistd_64.h, asm-generic/unistd.h
 _TICKS: Final = os.sysconf("SC_CLK_TCK")
+_CPUCLOCK_SCHED: Final = 2  # linux/posix-timers_types.h: the clock of process P is ~P << 3 | 2
 _STATUS_SIGNALS: Final = ("SigBlk:", "SigCgt:")
 
 
@@ -135,6 +136,13 @@ class Context:
         except OSError:
             return False
         return text.rpartition(b")")[2][1:2] == b"S"
+
+    def init_worked_s(self) -> float:
+        """Seconds of processor time that the first process has used; 0 where it is gone."""
+        try:
+            return time.clock_gettime(~self.init_pid << 3 | _CPUCLOCK_SCHED)
+        except OSError:
+            return 0.0
 
     def age_s(self) -> float:
         """Seconds since the guest's first process began."""

@@ -19,6 +19,7 @@ from vrun.control import Connection, Outcome
 from vrun.errors import ToolError
 from vrun.graph import Before, Key, Schedule
 from vrun.lifecycle import Hearer
+from vstore.heldback import signals_held_back
 from vstore.record import dataclass
 
 Work = Callable[[str, Hearer], Outcome]
@@ -108,13 +109,14 @@ class _Running:
 
     def begin(self, key: Key, work: Work) -> None:
         near, far = control.pair()
-        pid = os.fork()
-        if pid == 0:
-            _be_worker(key[1], work, far)
-        far.close()
         fd = near.socket.fileno()
-        self.workers[fd] = _Worker(key, near, pid)
-        self._poll.register(fd, select.POLLIN)
+        with signals_held_back() as let_come:
+            pid = os.fork()
+            if pid == 0:
+                _be_worker(key[1], work, far, let_come)
+            self.workers[fd] = _Worker(key, near, pid)
+            self._poll.register(fd, select.POLLIN)
+        far.close()
 
     def hear(self, crowd: Crowd) -> Iterator[Result]:
         """Pass on what is told until something is; yields the results of those that have ended."""
@@ -151,9 +153,10 @@ def _killed(name: str) -> Outcome:
     )
 
 
-def _be_worker(name: str, work: Work, parent: Connection) -> NoReturn:
+def _be_worker(name: str, work: Work, parent: Connection, let_come: Callable[[], None]) -> NoReturn:
     """Do the work, tell how it went, and end; a signal ends it as it ends a command."""
     try:
+        let_come()
         syscalls.set_parent_death_signal(signal.SIGTERM)
         hearer = Hearer(say=parent.say, warn=parent.warn, out=_drop)
         parent.end(work(name, hearer))

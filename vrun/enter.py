@@ -286,8 +286,8 @@ class _Command:
 
     @property
     def is_awaited(self) -> bool:
-        """Whether signals wait for the command to be there."""
-        return bool(self._waiting)
+        """Whether the command is not known yet: signals that come meanwhile wait for it."""
+        return self._command_fd < 0
 
     def send(self, number: int) -> None:
         """Send a signal to the command and its process group, as a terminal does."""

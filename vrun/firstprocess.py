@@ -35,8 +35,10 @@ from vrun.reports import Reports
 from vrun.scripts import Stdio
 from vstore.guest import RunState, rundir, vdirbase
 
-DIES_AT_ONCE_S: Final = 0.03
-"""So long an init is watched that does not come to rest before its start counts as done."""
+_NEW_S: Final = 0.03
+"""Processor time that an init has used which is not new any more, though it never came to rest."""
+_WATCHED_S: Final = 5.0
+"""So long at most an init is watched that gets no processor time."""
 _LOOK_S: Final = 0.001
 _SETTLED_LOOKS: Final = 2
 
@@ -200,15 +202,20 @@ def execute_init(context: Context) -> None:
 
 
 def _watch_init(context: Context) -> None:
-    """Wait until the guest's init has ended, or waits for something, or is not new any more."""
+    """Wait until the guest's init has ended, or waits for something, or is not new any more.
+
+    Its age is what it has worked: on a busy machine one that fails at once may take long for that.
+    """
     looks = 0
+    begun_s = context.init_worked_s()
 
     def is_settled() -> bool:
         nonlocal looks
         looks = looks + 1 if context.init_waits() else 0
-        return not context.is_alive or looks > _SETTLED_LOOKS
+        is_old = context.init_worked_s() - begun_s > _NEW_S
+        return not context.is_alive or looks > _SETTLED_LOOKS or is_old
 
-    deadline = time.monotonic() + DIES_AT_ONCE_S
+    deadline = time.monotonic() + _WATCHED_S
     context.loop.wait(is_settled, deadline=deadline, every=_LOOK_S)
 
 

@@ -42,6 +42,7 @@ from vrun.order import Order, Task
 from vrun.spec import GuestSpec
 from vrun.state import Ended, find_running
 from vstore.guest import COPY_ON_WRITE, Guest
+from vstore.heldback import signals_held_back
 from vstore.record import replace
 
 _QUICK_S: Final = 5.0
@@ -57,10 +58,11 @@ def fork(guest: Guest, task: Task, order: Order, lock_fd: int) -> Connection:
     The caller's descriptors 1 and 2 are where programs of the host write during a start or stop.
     """
     near, far = control.pair()
-    pid = os.fork()
-    if pid == 0:
-        near.close()
-        _be_monitor(guest, task, order, lock_fd, far)
+    with signals_held_back():
+        pid = os.fork()
+        if pid == 0:
+            near.close()
+            _be_monitor(guest, task, order, lock_fd, far)
     far.close()
     os.close(lock_fd)
     return near

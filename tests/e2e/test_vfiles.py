@@ -11,6 +11,7 @@ import pytest
 
 from tests.conftest import Tool
 from tests.fixtures.filesystems import Site
+from tests.fixtures.persons import read_to_end
 from tests.fixtures.probes import need, on
 from tests.fixtures.runs import unify
 from tests.fixtures.trees import File, Folder, Row, Symlink, grow
@@ -73,7 +74,7 @@ def test_a_terminal_gets_no_control_characters(two: Site) -> None:
     command: list[str | Path] = [Path(sys.executable).parent / "vfiles", "web"]
     done = subprocess.run(command, stdout=theirs, stderr=subprocess.PIPE, check=True)
     os.close(theirs)
-    shown = os.read(ours, 10_000)
+    shown = read_to_end(ours)
     os.close(ours)
     assert b"./srv/new\\nline\\x1b[31m\\xff\r\n" in shown
     assert (b"\x1b" in shown, done.stderr) == (False, b"")

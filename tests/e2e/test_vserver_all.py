@@ -156,13 +156,16 @@ def test_a_command_that_is_ended_leaves_nothing_running(host: Host, number: int)
     with subprocess.Popen(
         [os.fspath(_ALL), "one", "two", "--", "sh", "-c", script], stderr=subprocess.PIPE, text=True
     ) as run:
-        wait_until(lambda: pids.exists() and pids.read_text(), 60)
-        before = sleepers(host)
-        assert before
-        run.send_signal(number)
-        run.communicate(timeout=60)
+        try:
+            wait_until(lambda: pids.exists() and pids.read_text(), 60)
+            before = sleepers(host)
+            assert before
+            run.send_signal(number)
+            run.communicate(timeout=60)
+        finally:
+            run.kill()
     assert run.returncode == 128 + number
-    wait_until(lambda: not any(map(is_alive, before)), 30)
+    wait_until(lambda: not any(map(is_alive, before)), 60)
 
 
 def sleepers(host: Host) -> list[int]:

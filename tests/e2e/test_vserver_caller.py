@@ -74,7 +74,7 @@ def test_a_guest_is_the_same_whoever_starts_it(host: Host) -> None:
     plain = _traits(host.init_pid("web"))
     host.vserver("web", "stop")
     command = [sys.executable, "-c", _SPOILED, os.fspath(VSERVER), "web", "start"]
-    subprocess.run(command, check=True, timeout=30)
+    subprocess.run(command, check=True, timeout=60)
     spoiled = _traits(host.init_pid("web"))
     assert {key: (spoiled[key], plain[key]) for key in plain if spoiled[key] != plain[key]} == {}
     assert (plain["nice"], plain["Umask"], plain["personality"]) == ("0", "0022", "00000000\n")

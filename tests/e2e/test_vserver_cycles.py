@@ -19,13 +19,14 @@ from typing import Final
 import pytest
 
 from tests.fixtures import vservers
+from tests.fixtures.filesystems import device_of_mount
 from tests.fixtures.guestconfig import Keys
 from tests.fixtures.probes import need, scaled
 from tests.fixtures.vservers import (
     VSERVER,
     Host,
     host_for_guests,
-    is_alive,
+    kill,
     status_of,
     wait_until,
 )
@@ -33,6 +34,8 @@ from tests.fixtures.vservers import (
 pytestmark = need("root")
 
 _GROUPS: Final = Path("/sys/fs/cgroup")
+_GONE_S: Final = 30
+"""So long is waited for what goes a moment after its last word; on a busy machine that is long."""
 _POLITE: Final[Keys] = {
     "apps/init/style": "plain",
     "apps/init/cmd.start": "/bin/sh\n-c\ntrap 'exit 0' HUP INT TERM; sleep 1000 & wait",
@@ -120,14 +123,16 @@ class Island:
 
     def _locks(self) -> list[str]:
         """Inodes below RUNDIR and CONFDIR that somebody has locked; see proc_locks(5)."""
-        inodes = {
-            str(path.stat().st_ino)
-            for folder in (self.host.etc.rundir, self.host.etc.confdir)
+        folders = (self.host.etc.rundir, self.host.etc.confdir)
+        major, minor = device_of_mount(folders[0])
+        files = {
+            f"{major:02x}:{minor:02x}:{path.stat().st_ino}"
+            for folder in folders
             for path in folder.glob("**/*")
             if path.is_file()
         }
         lines = Path("/proc/locks").read_text().splitlines()
-        return [line for line in lines if line.split()[-3].rpartition(":")[2] in inodes]
+        return [line for line in lines if line.split()[-3] in files]
 
 
 def _descriptors(pid: int | str) -> list[str]:
@@ -184,7 +189,8 @@ _FSTAB: Final = (
 _ISLAND: Final = """
 mount --make-rshared /
 # Copies of what other tests have mounted would vanish with their mount points; some just did.
-awk '$2 ~ "/vtest-" { print $2 }' /proc/mounts | tac | xargs --no-run-if-empty umount --lazy || true
+awk '$2 ~ "/vtest-|/pytest-|/netns/" { print $2 }' /proc/mounts |
+    tac | xargs --no-run-if-empty umount --lazy || true
 ip link set lo up
 ip link add ve0 type veth peer name ve1
 ip link set ve0 up
@@ -232,7 +238,7 @@ def _reboot(host: Host, name: str) -> None:
     wait_until(lambda: host.state(name).get("init_pid", pid) != pid)
     wait_until(lambda: host.try_vserver(name, "exec", "true").returncode == 0)
     assert host.monitor_pid(name) == monitor
-    wait_until(lambda: _descriptors(monitor) == before, 2)
+    wait_until(lambda: _descriptors(monitor) == before)
     host.vserver(name, "stop")
 
 
@@ -253,14 +259,14 @@ def _kill_init(host: Host, name: str) -> None:
 
 
 def _kill_monitor(host: Host, name: str) -> None:
-    _kill(host.monitor_pid(name))
+    kill(host.monitor_pid(name))
     host.vserver(name, "stop")
 
 
 def _kill_monitor_and_start(host: Host, name: str) -> None:
     """The guest that runs on is adopted, and then told to stop."""
     pid = host.init_pid(name)
-    _kill(host.monitor_pid(name))
+    kill(host.monitor_pid(name))
     host.vserver(name, "start")
     assert host.init_pid(name) == pid
     host.vserver(name, "stop")
@@ -268,15 +274,8 @@ def _kill_monitor_and_start(host: Host, name: str) -> None:
 
 def _kill_all(host: Host, name: str) -> None:
     """The next command finds what nobody could take back."""
-    _kill(host.monitor_pid(name), host.init_pid(name))
+    kill(host.monitor_pid(name), host.init_pid(name))
     host.vserver(name, "stop")
-
-
-def _kill(*pids: int) -> None:
-    for pid in pids:
-        os.kill(pid, signal.SIGKILL)
-    for pid in pids:
-        wait_until(lambda pid=pid: not is_alive(pid))
 
 
 _ENDINGS: Final[tuple[Callable[[Host, str], None], ...]] = (
@@ -308,7 +307,7 @@ def test_cycles_of_every_kind_leave_the_machine_as_it_was(island: Island) -> Non
         name = host.names[number % len(host.names)] if number < 24 else chance.choice(host.names)
         _cycle(host, name, ending)
         with suppress(AssertionError):  # a monitor ends a moment after its last word
-            wait_until(lambda: not island.look().differences(before), 2)
+            wait_until(lambda: not island.look().differences(before), _GONE_S)
         left = island.look().differences(before)
         assert not left, f"cycle {number}, {name}, {ending.__name__}: {left}"
 
@@ -324,7 +323,7 @@ def test_guests_that_come_and_go_side_by_side_leave_nothing(island: Island) -> N
         assert seen >= {"mounts", "links", "addresses", "groups", "processes", "files", "locks"}
         _all_at_once(host, "stop")
     with suppress(AssertionError):
-        wait_until(lambda: not island.look().differences(before), 2)
+        wait_until(lambda: not island.look().differences(before), _GONE_S)
     assert not island.look().differences(before)
 
 

@@ -11,14 +11,14 @@ from tests.fixtures import guests
 from tests.fixtures.probes import need
 from tests.fixtures.vservers import Host, host_for_guests, status_of, wait_until
 
-pytestmark = need("root", "bootable")
+pytestmark = [need("root", "bootable"), pytest.mark.timeout(400)]
 
 _FSTAB = "none /proc proc defaults 0 0\nnone /tmp tmpfs size=64m,mode=1777 0 0\n"
 _RECIPES = dict(zip(("twelve", "thirteen", "classic"), guests.BOOTABLE, strict=True))
 _STYLES = {"twelve": "systemd", "thirteen": "plain", "classic": "sysv"}
 _SYSTEMD = ("twelve", "thirteen")
 _NOT_YET = ("", "offline", "initializing", "starting")
-_UP_S = 60
+_UP_S = 120
 
 
 @pytest.fixture(scope="module")

@@ -4,12 +4,14 @@ import os
 import re
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
 import pytest
 
+from tests.fixtures.joins import command_of
 from tests.fixtures.persons import Person, at_terminal
 from tests.fixtures.probes import need
 from tests.fixtures.vservers import (
@@ -18,6 +20,7 @@ from tests.fixtures.vservers import (
     Host,
     grow_busybox,
     host_for_guests,
+    kill,
     status_of,
     wait_until,
 )
@@ -134,7 +137,7 @@ def test_a_command_has_what_the_guests_init_has(web: Host) -> None:
 def test_a_command_is_in_all_namespaces_and_groups_of_the_guest(web: Host) -> None:
     pid = web.init_pid("web")
     with web.begin("web", "exec", "sleep", "60") as client:
-        command = _command_of(client.pid)
+        command = command_of(client.pid, "sleep")
         try:
             for kind in ("mnt", "pid", "uts", "ipc", "net", "cgroup", "time", "user"):
                 assert link(f"/proc/{command}/ns/{kind}") == link(f"/proc/{pid}/ns/{kind}"), kind
@@ -156,13 +159,60 @@ def test_an_edit_since_the_start_gives_a_command_no_more(web: Host) -> None:
 
 def test_a_command_dies_with_its_guest(web: Host) -> None:
     with web.begin("web", "exec", "sleep", "60") as client:
-        _command_of(client.pid)
+        command_of(client.pid, "sleep")
         web.vserver("web", "stop")
         assert client.wait(60) in (128 + signal.SIGTERM, 128 + signal.SIGKILL)
 
 
+def test_a_signal_reaches_a_command_that_has_yet_to_begin(host: Host) -> None:
+    """The guest gets so little time that its stub can be held before it forks the command."""
+    slow = {"cflags": "sched_hard", "sched/fill-rate": "1", "sched/interval": "100"}
+    host.add_busybox("web", {**SLEEPER, **slow})
+    host.vserver("web", "start")
+    freeze = Path(host.state("web")["cgroup"]) / "cgroup.freeze"
+    was_held = False
+    deadline = time.monotonic() + 100
+    while not was_held and time.monotonic() < deadline:
+        with host.begin("web", "exec", "sleep", "1000") as client:
+            try:
+                wait_until(lambda client=client: bool(_stubs(client.pid)))
+                freeze.write_text("1")
+                was_held = not any(children_of(stub) for stub in _stubs(client.pid))
+                if was_held:
+                    wait_until(lambda client=client: _polls(client.pid))
+                client.send_signal(signal.SIGTERM)
+                wait_until(lambda client=client: _has_heard(client.pid))
+                freeze.write_text("0")
+                assert client.wait(60) == 128 + signal.SIGTERM
+            finally:
+                freeze.write_text("0")
+                client.kill()
+    assert was_held
+
+
+def _stubs(client_pid: int) -> list[int]:
+    """Children of the client that are our interpreter no more."""
+    found = []
+    for pid in children_of(client_pid):
+        with suppress(OSError):
+            if link(f"/proc/{pid}/exe").startswith("/memfd:"):
+                found.append(pid)
+    return found
+
+
+def _polls(pid: int) -> bool:
+    """Whether the process waits in poll(2), or ppoll(2) where there is no other."""
+    return _read(pid, "syscall").split()[0] in ("7", "73")  # asm/unistd_64.h, asm-generic/unistd.h
+
+
+def _has_heard(pid: int) -> bool:
+    """Whether no signal waits for the process any more."""
+    status = status_of(pid)
+    return int(status["SigPnd"], 16) == int(status["ShdPnd"], 16) == 0
+
+
 def test_a_command_can_be_run_where_the_monitor_was_killed(web: Host) -> None:
-    os.kill(web.monitor_pid("web"), signal.SIGKILL)
+    kill(web.monitor_pid("web"))
 
     assert web.inside("web", "id", "-u") == "0\n"
 
@@ -240,14 +290,3 @@ def test_a_command_sees_three_descriptors_and_none_of_the_hosts(web: Host, tmp_p
 
 def _read(pid: int, name: str) -> str:
     return Path(f"/proc/{pid}/{name}").read_text()
-
-
-def _command_of(client_pid: int) -> int:
-    """The command that `vserver` has started in the guest."""
-
-    def found() -> list[int]:
-        pids = [pid for stub in children_of(client_pid) for pid in children_of(stub)]
-        return [pid for pid in pids if _read(pid, "comm") == "sleep\n"]
-
-    wait_until(lambda: bool(found()))
-    return found()[0]

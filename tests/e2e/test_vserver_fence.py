@@ -5,7 +5,6 @@ The second host is this kernel with another name, machine-id, boot id and RUNDIR
 
 import json
 import os
-import signal
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -21,6 +20,7 @@ from tests.fixtures.vservers import (
     Host,
     host_for_guests,
     is_alive,
+    kill,
     wait_until,
 )
 
@@ -216,14 +216,13 @@ def test_the_fence_outlives_a_killed_monitor_and_goes_when_all_is_cleaned(host: 
     host.add_busybox("web", _FENCED)
     host.vserver("web", "start")
     monitor, init = host.monitor_pid("web"), host.init_pid("web")
-    os.kill(monitor, signal.SIGKILL)
-    wait_until(lambda: not is_alive(monitor), 30)
+    kill(monitor)
     assert is_alive(init)
     assert holder(host).exists()
     host.vserver("web", "start")  # gives it a new monitor
-    os.kill(host.monitor_pid("web"), signal.SIGKILL)
-    os.kill(init, signal.SIGKILL)
-    wait_until(lambda: not is_alive(init), 30)
+    (monitor,) = host.monitors()
+    kill(monitor)
+    kill(init)
     assert holder(host).exists()
     host.vserver("web", "stop")
     assert not holder(host).exists()

@@ -14,7 +14,7 @@ import pytest
 
 from tests.fixtures.guestconfig import Keys
 from tests.fixtures.probes import need
-from tests.fixtures.vservers import SLEEPER, Host, host_for_guests
+from tests.fixtures.vservers import SLEEPER, Host, host_for_guests, kill, wait_until
 from vrun.hierarchy import find_hierarchies
 
 pytestmark = need("root")
@@ -79,16 +79,21 @@ def test_more_memory_than_it_may_have_ends_the_process(host: Host) -> None:
 
 
 def test_it_gets_no_more_cpu_time_than_its_share(host: Host) -> None:
-    keys = {"cflags": "sched_hard", "sched/fill-rate": "1", "sched/interval": "10"}
+    keys = {"cflags": "sched_hard", "sched/fill-rate": "1", "sched/interval": "40"}
     assert _start(host, keys) == ""
-    share = len(os.sched_getaffinity(0)) / 10
+    share = len(os.sched_getaffinity(host.init_pid("web"))) / 40  # less than is left for it
     quota = _read(host, "cpu.max", "cpu.cfs_quota_us").split()[0]
     assert int(quota) == 100_000 * share
-    used, began = _cpu_us(host), time.monotonic()
     busy = "(while :; do :; done) & (while :; do :; done) & sleep 3; kill %1 %2"
-    host.inside("web", "sh", "-c", busy)
-    assert (_cpu_us(host) - used) / (time.monotonic() - began) / 1e6 < 1.5 * share
-    assert _count(host, "nr_throttled", "cpu.stat") > 0
+
+    def is_held_back() -> bool:
+        """It never gets more; on a very busy machine it may even get less."""
+        used, began = _cpu_us(host), time.monotonic()
+        host.inside("web", "sh", "-c", busy)
+        assert (_cpu_us(host) - used) / (time.monotonic() - began) / 1e6 < 1.5 * share
+        return _count(host, "nr_throttled", "cpu.stat") > 0
+
+    wait_until(is_held_back)
 
 
 def _cpu_us(host: Host) -> int:
@@ -113,7 +118,7 @@ def test_groups_with_names_of_their_own_go_even_after_a_monitor_was_killed(host:
     name = f"vtest-{os.getpid()}"
     _start(host, {"cpuset/name": name, "cpuset/cpus": "0", "cgroup/name": name})
     assert list(_named(name))
-    os.kill(host.monitor_pid("web"), signal.SIGKILL)
+    kill(host.monitor_pid("web"))
     host.vserver("web", "stop")
     assert list(_named(name)) == []
 

@@ -60,13 +60,15 @@ def test_other_mount_namespaces_see_it_come_and_go(host: Host) -> None:
     said = _run(
         f"""
         ip netns add {name}o
-        mkfifo /run/go
-        unshare --mount --propagation slave sh -c \
-            'cat /run/go; findmnt -no FSTYPE /run/netns/{name}; cat /run/go; ls /run/netns' &
-        sleep 0.2
+        mkfifo /run/go /run/seen
+        unshare --mount --propagation slave sh -c '
+            echo >/run/seen
+            cat /run/go; findmnt -no FSTYPE /run/netns/{name}; echo >/run/seen
+            cat /run/go; ls /run/netns' &
+        read line </run/seen
         vserver web start
         echo started >/run/go
-        sleep 0.2
+        read line </run/seen
         vserver web stop
         echo stopped >/run/go
         wait

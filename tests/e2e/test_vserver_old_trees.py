@@ -2,7 +2,6 @@
 
 import itertools
 import os
-import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,8 +15,7 @@ from tests.fixtures.vservers import (
     Host,
     grow_busybox,
     host_for_guests,
-    is_alive,
-    wait_until,
+    kill,
 )
 
 pytestmark = need("root")
@@ -25,7 +23,7 @@ pytestmark = need("root")
 _RC: Final = """\
 echo rc $1 $PREVLEVEL >>/etc/rc.log
 case $1 in
-3) setsid sleep 1000 >/dev/null 2>&1 & ;;
+3) setsid sleep 1000 >/dev/null 2>&1 & until pidof sleep; do :; done ;;
 6) kill $(pidof sleep) ;;
 esac
 """
@@ -187,7 +185,5 @@ def test_a_monitor_that_takes_over_reads_the_profile_that_was_started(host: Host
     host.etc.add_old_guest("shop", text)
     host.names.append("shop")
     host.vserver("--profile", "backup", "shop", "start")
-    monitor = host.monitor_pid("shop")
-    os.kill(monitor, signal.SIGKILL)
-    wait_until(lambda: not is_alive(monitor))
+    kill(host.monitor_pid("shop"))
     assert host.vserver("shop", "stop").stderr == ""

@@ -32,8 +32,10 @@ pytestmark = [
 
 _NAMES: Final = ("one", "two", "three", "four", "five")
 _RECIPE: Final = guests.SMALL[0]
-_ADDRESS: Final = f"198.51.100.{os.getpid() % 254 + 1}"
-"""One of those for examples, RFC 5737: nobody's; another session on this machine has another."""
+_ADDRESS: Final = f"203.0.113.{os.getpid() % 254 + 1}"
+"""One of those for examples, RFC 5737: nobody's; another session on this machine has another. The
+demo, whose test may run beside this one, has one of 198.51.100.0/24.
+"""
 _APT: Final = ("apt-get", "--yes", "-o", "Dpkg::Options::=--force-confold")
 _AGAIN: Final = ("bash", "coreutils", "dpkg", "libc6", "perl-base", "tar")
 _TIMEOUT_S: Final = 1800

@@ -11,7 +11,7 @@ import pytest
 
 from tests.fixtures.lab import Lab, empty_lab
 from tests.fixtures.probes import need
-from tests.fixtures.vservers import VSERVER, Host, host_for_guests
+from tests.fixtures.vservers import VSERVER, Host, free_number, host_for_guests
 
 pytestmark = need("root")
 
@@ -20,6 +20,7 @@ _TITLE: Final = "A guest, from build to stop"
 _INDENT: Final = "    "
 _PROMPT: Final = "# "
 _VDIRBASE: Final = "/var/lib/vservers"
+_NUMBER: Final = "40000"
 
 _MASKS: Final = (
     (r"\bin \d+\.\d s:", "in S s:"),
@@ -70,8 +71,10 @@ def masked(output: str) -> str:
     return output
 
 
-def run(network: Lab, host: Host, command: str) -> str:
-    """What a shell prints for the command, on both of its outputs, in that network."""
+def run(network: Lab, host: Host, number: str, command: str) -> str:
+    """What a shell prints for the command, on both of its outputs, in that network; with the
+    places of the README, and its number for the guest's.
+    """
     done = subprocess.run(
         network.command("sh", "-c", command),
         env={**os.environ, "PATH": f"{VSERVER.parent}:{os.environ['PATH']}"},
@@ -82,15 +85,18 @@ def run(network: Lab, host: Host, command: str) -> str:
         timeout=60,
         check=False,
     )
-    return done.stdout.replace(os.fspath(host.etc.vdirbase), _VDIRBASE)
+    shown = done.stdout.replace(os.fspath(host.etc.vdirbase), _VDIRBASE)
+    return re.sub(rf"\b{number}\b", _NUMBER, shown)
 
 
 def test_the_session_of_the_readme(host: Host, network: Lab) -> None:
     host.etc.vdirbase.rmdir()
     host.names.append("web")
+    number = free_number()  # another guest on this machine may have that of the first build
+    host.etc.set_defaults({"context.next": number})
     session = read_session()
     assert session[0][0].startswith("vserver web build ")
     assert "vserver web stop" in dict(session)
-    seen = [(command, masked(run(network, host, command))) for command, _ in session]
+    seen = [(command, masked(run(network, host, number, command))) for command, _ in session]
     assert seen == [(command, masked(output)) for command, output in session]
     assert "192.0.2.7" not in network.run("ip", "-o", "address")

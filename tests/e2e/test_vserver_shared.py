@@ -13,7 +13,14 @@ import pytest
 from tests.conftest import Tool
 from tests.fixtures.filesystems import is_immutable, thaw_below
 from tests.fixtures.probes import need
-from tests.fixtures.vservers import Host, host_for_guests, is_alive, private_kib, wait_until
+from tests.fixtures.vservers import (
+    Host,
+    host_for_guests,
+    is_alive,
+    kill,
+    private_kib,
+    wait_until,
+)
 from vstore.pool import Identity
 
 pytestmark = need("immutable", "lease")
@@ -123,7 +130,7 @@ def test_a_killed_monitor_leaves_a_supervisor_that_the_next_one_takes_over(host:
     host.vserver("web", "start")
     init = host.init_pid("web")
     first = _report(host, "web")["supervisor"]
-    os.kill(host.monitor_pid("web"), signal.SIGKILL)
+    kill(host.monitor_pid("web"))
     assert is_alive(first)
     host.vserver("web", "exec", "true", code=125)
     host.vserver("web", "start")
@@ -138,12 +145,9 @@ def test_both_killed_the_guest_can_only_read(host: Host) -> None:
     host.set_key("web", "apps/init/cmd.start", "/bin/sh\n-c\n" + _KEEPS_TRYING)
     host.vserver("web", "start")
     wait_until(lambda: (_root(host, "web") / "tries").exists())
-    supervisor = _report(host, "web")["supervisor"]
-    os.kill(host.monitor_pid("web"), signal.SIGSTOP)
-    stopped = host.monitor_pid("web")
-    os.kill(supervisor, signal.SIGKILL)
-    os.kill(stopped, signal.SIGKILL)
-    wait_until(lambda: not is_alive(stopped))
+    supervisor, monitor = _report(host, "web")["supervisor"], host.monitor_pid("web")
+    os.kill(monitor, signal.SIGSTOP)
+    kill(supervisor, monitor)
     done = host.vserver("web", "start", code=1)
     assert "its supervisor is gone" in done.stderr
     assert (_root(host, "web") / "etc/conf").read_text() == f"conf: {_CONF}"
@@ -206,9 +210,8 @@ def test_status_tells_which_protection_is_in_force(host: Host) -> None:
     shown = json.loads(host.vserver("web", "status", "--json").stdout)
     assert (shown["protection"], shown["attacks"], shown["attackers"]) == ("copy-on-write", 0, [])
     assert is_alive(shown["supervisor"])
-    os.kill(host.monitor_pid("web"), signal.SIGKILL)
-    os.kill(shown["supervisor"], signal.SIGKILL)
-    wait_until(lambda: not is_alive(shown["supervisor"]))
+    kill(host.monitor_pid("web"))
+    kill(shown["supervisor"])
     assert "Shared files: read only" in host.vserver("web", "status").stdout
     assert json.loads(host.vserver("web", "status", "--json").stdout)["protection"] == "read-only"
 

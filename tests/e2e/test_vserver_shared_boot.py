@@ -28,7 +28,7 @@ def host(
         for name in ("one", "two"):
             root = guests.unpack(_RECIPES[request.param], host.etc.vdirbase / name)
             host.add(name, root, {"apps/init/style": _STYLES[request.param], "fstab": _FSTAB})
-        done = tool("vunify", "--all")
+        done = tool("vunify", "--all", timeout_s=300)
         assert done.returncode == 0, done.stderr
         yield host
         host.try_vserver("one", "stop")
@@ -41,7 +41,7 @@ def test_a_guest_boots_works_and_stops(host: Host) -> None:
     assert host.state("one")["protection"] == "copy-on-write"
     if (host.etc.vdirbase / "one/usr/bin/systemctl").exists():
         ask = ("one", "exec", "systemctl", "is-system-running")
-        wait_until(lambda: host.try_vserver(*ask).stdout == "running\n", 60)
+        wait_until(lambda: host.try_vserver(*ask).stdout == "running\n", 120)
     host.inside("one", "useradd", "--create-home", "someone")
     host.inside("one", "sh", "-c", "echo x >> /etc/debian_version; dpkg --configure -a")
     assert host.vserver("one", "suexec", "someone", "sh", "-c", "echo x > ~/x; cat ~/x").stdout

@@ -1,12 +1,13 @@
 """vserver start, stop and what stands between, with guests that boot in milliseconds."""
 
+import fcntl
 import os
 import pty
 import re
 import signal
 import subprocess
-import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from tests.fixtures.vservers import (
     SLEEPER,
     VSERVER,
     Host,
+    free_number,
     host_for_guests,
     is_alive,
     status_of,
@@ -119,11 +121,12 @@ def test_a_guest_without_a_number_gets_a_free_dynamic_one(host: Host) -> None:
 
 
 def test_two_guests_cannot_run_with_one_number(host: Host) -> None:
+    number = free_number()
     for name in ("one", "two"):
-        host.add_busybox(name, {**SLEEPER, "context": "1999"})
+        host.add_busybox(name, {**SLEEPER, "context": number})
     host.vserver("one", "start")
     failed = host.vserver("two", "start", code=1)
-    assert "1999 is that of guest one" in failed.stderr
+    assert f"{number} is that of guest one" in failed.stderr
     host.vserver("one", "stop")
     host.vserver("two", "start")
 
@@ -137,7 +140,7 @@ def test_a_reboot_from_inside_starts_it_again(host: Host) -> None:
     pid, monitor = host.init_pid("web"), host.monitor_pid("web")
     host.run_inside("web", "reboot", "-f")
     wait_until(lambda: host.state("web").get("init_pid", pid) != pid)
-    wait_until(lambda: "sleep" in host.inside("web", "ps"))
+    wait_until(lambda: "sleep" in host.try_vserver("web", "exec", "ps").stdout)
     assert not is_alive(pid)
     assert host.monitor_pid("web") == monitor
     assert "rebooted from inside" in host.console("web")
@@ -153,8 +156,10 @@ def test_a_halt_from_inside_ends_it(host: Host) -> None:
 
 
 def test_a_guest_whose_init_ends_is_cleaned_up(host: Host) -> None:
-    host.add_busybox("web", {**SLEEPER, "apps/init/cmd.start": "/bin/sh\n-c\nsleep 0.3; exit 7"})
+    waits = "until [ -e /end ]; do sleep 0.1; done; exit 7"
+    root = host.add_busybox("web", {**SLEEPER, "apps/init/cmd.start": f"/bin/sh\n-c\n{waits}"})
     host.vserver("web", "start")
+    (root / "end").touch()
     host.wait_stopped("web")
     assert host.leftovers() == []
     assert "ended with status 7" in host.vserver("web", "status", code=3).stdout
@@ -164,8 +169,10 @@ def test_a_guest_whose_init_ends_is_cleaned_up(host: Host) -> None:
 
 
 def test_busyboxs_own_init_is_asked_to_stop(host: Host) -> None:
-    root = host.add_busybox("web", BUSYBOX_INIT, inittab="::shutdown:/bin/touch /down\n")
+    inittab = "::sysinit:/bin/touch /up\n::shutdown:/bin/touch /down\n"
+    root = host.add_busybox("web", BUSYBOX_INIT, inittab=inittab)
     host.vserver("web", "start")
+    wait_until((root / "up").exists)
     host.vserver("web", "stop")
     assert (root / "down").exists()
 
@@ -229,6 +236,14 @@ def test_an_init_that_fails_at_once_is_a_failed_start(host: Host) -> None:
     assert "its init ended with status 3" in _failed_start(host)
 
 
+def test_an_init_that_fails_at_once_is_one_where_it_gets_little_time_too(host: Host) -> None:
+    """Of each processor it has a hundredth; it works for some milliseconds."""
+    slow = {"cflags": "sched_hard", "sched/fill-rate": "1", "sched/interval": "100"}
+    fails = "n=0; while [ $n -lt 2000 ]; do n=$((n + 1)); done; exit 3"
+    host.add_busybox("web", {**SLEEPER, **slow, "apps/init/cmd.start": f"/bin/sh\n-c\n{fails}"})
+    assert "its init ended with status 3" in _failed_start(host)
+
+
 def test_a_missing_root_is_named(host: Host) -> None:
     root = host.add_busybox("web")
     root.rename(root.with_name("elsewhere"))
@@ -251,10 +266,7 @@ def test_an_unknown_style_aborts(host: Host) -> None:
 
 def test_an_interrupted_start_is_undone(host: Host) -> None:
     host.add_busybox("web")
-    write_program(host.etc.confdir / "web/scripts/pre-start", "sleep 60")
-    start = host.begin("web", "start")
-    wait_until(lambda: host.is_locked("web"))
-    time.sleep(0.1)
+    start = _begin_and_hang(host)
     start.send_signal(signal.SIGINT)
     start.communicate(timeout=60)
     assert start.returncode == 130
@@ -262,12 +274,18 @@ def test_an_interrupted_start_is_undone(host: Host) -> None:
     assert host.leftovers() == []
 
 
+def _begin_and_hang(host: Host) -> "subprocess.Popen[str]":
+    """A start that has come to a script which takes its time."""
+    mark = host.etc.rundir / "hangs"
+    write_program(host.etc.confdir / "web/scripts/pre-start", f"touch {mark}; exec sleep 1000")
+    start = host.begin("web", "start")
+    wait_until(mark.exists)
+    return start
+
+
 def test_a_stop_during_a_start_ends_it(host: Host) -> None:
     host.add_busybox("web")
-    write_program(host.etc.confdir / "web/scripts/pre-start", "sleep 60")
-    start = host.begin("web", "start")
-    wait_until(lambda: (host.etc.rundir / "web/supervisor.sock").exists())
-    time.sleep(0.1)
+    start = _begin_and_hang(host)
     host.vserver("web", "stop")
     _, said = start.communicate(timeout=60)
     assert start.returncode == 1
@@ -279,12 +297,23 @@ def test_a_start_waits_for_another_command_that_has_the_lock(host: Host) -> None
     host.add_busybox("web")
     host.vserver("web", "start")
     host.vserver("web", "stop")
-    with subprocess.Popen(
-        ["flock", "--no-fork", host.etc.rundir / "web/lock", "sleep", "0.3"]
-    ) as holder:
-        wait_until(lambda: host.is_locked("web"))
-        host.vserver("web", "start")
-        assert holder.wait(60) == 0
+    with (host.etc.rundir / "web/lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        start = host.begin("web", "start")
+        wait_until(lambda: _sleeps(start.pid))
+        assert start.poll() is None
+        assert host.state("web") == {}
+        fcntl.flock(lock, fcntl.LOCK_UN)
+    _, said = start.communicate(timeout=60)
+    assert (start.returncode, said) == (0, "")
+    assert is_alive(host.init_pid("web"))
+
+
+def _sleeps(pid: int) -> bool:
+    """Whether the process waits for time to pass, as one does that looks again and again."""
+    with suppress(OSError):
+        return "nanosleep" in Path(f"/proc/{pid}/wchan").read_text()
+    return False
 
 
 def test_the_guest_survives_the_terminal_that_started_it(host: Host) -> None:

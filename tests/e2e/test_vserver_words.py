@@ -244,10 +244,9 @@ def test_sysv_runs_rc_to_its_end_and_lives_as_long_as_a_daemon(host: Host) -> No
     (root / "var/run/stale.pid").write_text("1")
     done = host.vserver("web", "start")
     assert done.stdout.replace("\r", "") == "/etc/init.d/rc 3 N 3\n"
-    assert host.inside("web", "ps", "-o", "args").splitlines()[1:3] == [
-        "init /etc/init.d/rc /etc/init.d/rc 3",
-        "sleep 1000",
-    ]
+    processes = ["init /etc/init.d/rc /etc/init.d/rc 3", "sleep 1000"]
+    list_all = ("web", "ps", "-o", "args")
+    wait_until(lambda: host.inside(*list_all).splitlines()[1:3] == processes)
     assert not (root / "var/run/stale.pid").exists()
     host.vserver("web", "stop")
     assert (root / "notes").read_text().splitlines()[1:] == ["/etc/init.d/rc 6 3 6"]

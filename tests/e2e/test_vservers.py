@@ -5,7 +5,6 @@ import json
 import os
 import signal
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -96,7 +95,8 @@ def test_no_more_at_a_time_than_was_said(host: Host, tmp_path: Path) -> None:
         host.add_busybox(f"web{number}")
         write_program(
             host.etc.confdir / f"web{number}/scripts/pre-start",
-            f"echo + >>{count}; sleep 0.1; echo - >>{count}",
+            f"echo + >>{count}; until [ $(grep -c + {count}) -ge 2 ]; do sleep 0.02; done; "
+            f"sleep 0.1; echo - >>{count}",  # the first one waits for a second one
         )
     bulk("start", "--all", "-j", "2")
     now, most = 0, 0
@@ -147,12 +147,10 @@ def test_a_command_that_is_ended_leaves_no_start_half_done(
 ) -> None:
     for name in ("one", "two"):
         host.add_busybox(name)
-        write_program(host.etc.confdir / name / "scripts/pre-start", "sleep 100")
+        hangs = f"touch {host.etc.rundir}/hangs-{name}; exec sleep 1000"
+        write_program(host.etc.confdir / name / "scripts/pre-start", hangs)
     start = subprocess.Popen([VSERVERS, "start", "--all"], stderr=subprocess.DEVNULL)
-    wait_until(
-        lambda: all((host.etc.rundir / name / "resources.json").exists() for name in host.names)
-    )
-    time.sleep(0.05)
+    wait_until(lambda: all((host.etc.rundir / f"hangs-{name}").exists() for name in host.names))
     start.send_signal(number)
     assert start.wait(60) == code
     wait_until(lambda: not any(host.is_locked(name) for name in host.names))

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.fixtures.guestconfig import write_program
+from tests.fixtures.persons import read_to_end
 from tests.fixtures.probes import need
 from tests.fixtures.vservers import (
     SLEEPER,
@@ -19,7 +20,7 @@ from tests.fixtures.vservers import (
     run_installed,
 )
 
-pytestmark = need("root")
+pytestmark = [need("root"), pytest.mark.timeout(400)]
 
 VSERVERS = VSERVER.with_name("vservers")
 
@@ -36,7 +37,7 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
 
 def bulk(*words: str, code: int = 0) -> subprocess.CompletedProcess[str]:
     """`vservers` as installed, which must end with `code`."""
-    return run_installed("vservers", *words, code=code, timeout_s=110)
+    return run_installed("vservers", *words, code=code, timeout_s=300)
 
 
 def note_all(host: Host, log: Path) -> None:
@@ -158,19 +159,10 @@ def test_a_terminal_shows_how_far_it_is(host: Host, tmp_path: Path) -> None:
     command = [os.fspath(VSERVERS), "start", "--all", "-j", "1"]
     with subprocess.Popen(command, stdout=theirs, stderr=theirs) as start:
         os.close(theirs)
-        shown = b""
-        while part := _read(fd):
-            shown += part
+        shown = read_to_end(fd)
     os.close(fd)
     assert start.returncode == 0
     assert b"\r\x1b[K0 of 2 done; at work: one" in shown
     assert b"\r\x1b[K1 of 2 done; at work: two" in shown
     left = re.sub(rb"[^\r\n]*\r\x1b\[K", b"", shown)  # what is erased is gone
     assert left == b"one: started\r\ntwo: started\r\n2 guests: 2 started\r\n"
-
-
-def _read(fd: int) -> bytes:
-    try:
-        return os.read(fd, 4096)
-    except OSError:  # EIO: nobody has the other side any more
-        return b""

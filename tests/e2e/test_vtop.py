@@ -112,8 +112,8 @@ def test_a_session(host: Host, terminal: Terminal) -> None:
     terminal.wait_for(lambda _: terminal.row_of("busy")[3] not in ("-", "0.0"))
     terminal.press("n")
     terminal.wait_for(lambda lines: "sorted by name" in lines[-1])
-    names = [line.split()[1] for line in terminal.lines()[2:5]]
-    assert names == ["busy", "idle", "root"]
+    names = [["busy"], ["idle"], ["root"]]
+    terminal.wait_for(lambda lines: [line.split()[1:2] for line in lines[2:5]] == names)
     terminal.press("h")
     terminal.wait_for(lambda lines: any("any key goes on" in line for line in lines))
     terminal.press("z")

@@ -13,6 +13,7 @@ import pytest
 
 from tests.conftest import Tool
 from tests.fixtures.filesystems import Site, is_immutable, mount_image, private_folder
+from tests.fixtures.persons import read_to_end
 from tests.fixtures.probes import need, on
 from tests.fixtures.runs import inode_of, list_objects, unify
 from tests.fixtures.trees import File, Link, Row, grow
@@ -185,12 +186,7 @@ def test_progress_is_shown_on_a_terminal_alone(site: Site) -> None:
             command, stdout=subprocess.PIPE, stderr=terminal_fd, text=True, check=True
         )
         os.close(terminal_fd)
-        shown = b""
-        try:
-            while piece := os.read(main_fd, 1 << 16):
-                shown += piece
-        except OSError:  # EIO: the other end is closed and all is read
-            pass
+        shown = read_to_end(main_fd)
     finally:
         os.close(main_fd)
     assert b"files" in shown

@@ -9,7 +9,7 @@ import json
 import os
 import signal
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from io import TextIOWrapper
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Final, NoReturn
 
 from vstore.copy.wire import ConnectionLost
 from vstore.errors import ToolError
+from vstore.heldback import signals_held_back
 
 _NOT_FOUND: Final = 127
 
@@ -63,11 +64,12 @@ class Session:
         self._command = command
         self.end, theirs = socket.socketpair()
         status_read, status_write = os.pipe()
-        self._pid = os.fork()
-        if self._pid == 0:
-            self.end.close()
-            os.close(status_read)
-            _speak(access, command, theirs, status_write)
+        with signals_held_back() as let_come:
+            self._pid = os.fork()
+            if self._pid == 0:
+                self.end.close()
+                os.close(status_read)
+                _speak(access, command, theirs, status_write, let_come)
         theirs.close()
         os.close(status_write)
         self._status: TextIOWrapper = os.fdopen(status_read, encoding="utf-8", errors="replace")
@@ -117,11 +119,18 @@ class Session:
         return error
 
 
-def _speak(access: Access, command: str, end: socket.socket, status_fd: int) -> NoReturn:
+def _speak(
+    access: Access,
+    command: str,
+    end: socket.socket,
+    status_fd: int,
+    let_come: Callable[[], None],
+) -> NoReturn:
     """The process that speaks ssh; it ends here, whatever happens."""
     code = 1
     try:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        let_come()
         from vstore.copy import session  # paramiko takes 60 ms, in which our parent has begun
 
         code = session.run(access, command, end, status_fd)

@@ -21,6 +21,7 @@ from vstore.copy.sending import Outgoing
 from vstore.copy.wire import Channel, ConnectionLost
 from vstore.errors import NoSpace, ToolError
 from vstore.guest import parse_name
+from vstore.heldback import signals_held_back
 from vstore.progress import SILENT
 
 log = logging.getLogger(__name__)
@@ -108,15 +109,17 @@ def translated(error: OSError) -> ToolError:
 def local_peer() -> Iterator[Dialogue]:
     """A process of this machine that serves."""
     ours, theirs = socket.socketpair()
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            ours.close()
-            fd = theirs.detach()
-            code = serve(fd, fd, peer="the sending side")
-        finally:
-            os._exit(code)
+    with signals_held_back() as let_come:
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                let_come()
+                ours.close()
+                fd = theirs.detach()
+                code = serve(fd, fd, peer="the sending side")
+            finally:
+                os._exit(code)
     theirs.close()
     fd = ours.detach()
     channel = Channel(fd, fd, peer="the other process")
