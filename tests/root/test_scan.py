@@ -14,7 +14,13 @@ from typing import Final
 import pytest
 
 from tests.conftest import Tool
-from tests.fixtures.filesystems import Site, is_immutable, mount_image, private_folder
+from tests.fixtures.filesystems import (
+    Site,
+    is_immutable,
+    mount_image,
+    private_folder,
+    wait_released,
+)
 from tests.fixtures.hostile import NAMES, deep_path, odd_tree
 from tests.fixtures.probes import need, on, scaled
 from tests.fixtures.runs import (
@@ -222,6 +228,7 @@ def test_a_file_that_cannot_be_read_is_named_and_the_rest_is_done(site: Site, to
         for name in ("web", "db"):
             site.register(name, grow(mount / name, [File("file", _SAME), File("bad", damaged)]))
         subprocess.run(["umount", mount], check=True)
+        wait_released(folder / "btrfs.img")
         _flip(folder / "btrfs.img", damaged)
         subprocess.run(["mount", "-o", "loop", folder / "btrfs.img", mount], check=True)
         report = unify(tool, "--all", "--pool", mount / "pool", code=20)
