@@ -366,7 +366,7 @@ def test_a_frozen_guest_is_waited_for_a_moment_and_then_said(web: Context, group
 def test_a_guest_that_is_frozen_for_a_moment_is_no_failure(web: Context) -> None:
     (web.cgroup / "cgroup.freeze").write_text("1")
     try:
-        with background("exec", "web", "echo", "there") as client:
+        with before_others(), background("exec", "web", "echo", "there") as client:
             time.sleep(0.5)
             (web.cgroup / "cgroup.freeze").write_text("0")
             assert client.wait(60) == 0
