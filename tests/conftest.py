@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.fixtures import guests
 from tests.fixtures.filesystems import (
@@ -26,6 +27,11 @@ _FOLDER_NEEDS = {"root": ("root",), "soak": ("root", "soak"), "vm": ("root", "vm
 _images = pytest.StashKey[Images]()
 _probes = pytest.StashKey[Probes]()
 _required = pytest.StashKey[frozenset[str]]()
+
+settings.register_profile(
+    "slow machine", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("slow machine")
 
 Tool = Callable[..., subprocess.CompletedProcess[str]]
 

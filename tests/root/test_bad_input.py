@@ -11,7 +11,13 @@ from typing import Final
 import pytest
 
 from tests.conftest import Tool
-from tests.fixtures.filesystems import Site, is_immutable, mount_image, private_folder
+from tests.fixtures.filesystems import (
+    Site,
+    free_bytes,
+    is_immutable,
+    mount_image,
+    private_folder,
+)
 from tests.fixtures.probes import need, on
 from tests.fixtures.runs import find_faults, inode_of, stamps, unify
 from tests.fixtures.trees import File, Row, Snapshot, differences, grow, snapshot
@@ -330,6 +336,7 @@ def test_a_disk_without_a_free_byte_loses_nothing(site: Site, tool: Tool) -> Non
         _check_kept(before, guests, pool)
         for path in ballast:
             path.unlink()
+        free_bytes(mount)  # given back
         unify(tool, "--all", "--pool", pool)
         _check_kept(before, guests, pool)
         assert len({inode_of(root / "lib/7") for root in guests}) == 1

@@ -6,7 +6,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from time import monotonic, sleep
+from time import sleep
 from typing import Final
 
 from tests.conftest import Tool
@@ -20,7 +20,7 @@ from tests.fixtures.filesystems import (
 from tests.fixtures.hostile import mapped, store
 from tests.fixtures.notify import watched
 from tests.fixtures.probes import need, on
-from tests.fixtures.runs import SETTLED_S, find_faults, inode_of, inodes, unify
+from tests.fixtures.runs import SETTLED_S, find_faults, inode_of, inodes, unify, unify_fresh
 from tests.fixtures.settled import Nursery
 from tests.fixtures.trees import EPOCH_NS, File, Row, differences, grow, snapshot
 
@@ -28,7 +28,7 @@ pytestmark = need("immutable", "lease")
 
 _OLD: Final = b"old content of the file" * 99
 _NEW: Final = b"new content of the file" * 99
-_TRIES: Final = 5
+_TRIES: Final = 20
 
 
 def _rewrite(path: Path, content: bytes) -> None:
@@ -128,8 +128,7 @@ def test_a_store_to_a_dirty_mapped_page_is_seen_although_it_changes_no_time(
 
 def test_a_file_that_has_just_changed_is_not_kept_in_the_index(site: Site, tool: Tool) -> None:
     guests = _settle_two(site, tool)
-    _rewrite(guests[0] / "a", _OLD[::-1])
-    unify(tool)
+    unify_fresh(tool, lambda: _rewrite(guests[0] / "a", os.urandom(len(_OLD))))
     known = _known(site)
     assert inode_of(guests[1] / "a") in known
     with closing(sqlite3.connect(site.pool / "index.sqlite")) as database:
@@ -255,6 +254,12 @@ def test_an_index_is_good_after_the_file_system_was_mounted_on_another_device(
             assert seen.opened | seen_too.opened == set()
 
 
+def _image_of(device: str) -> str:
+    """What the loop device has; "" where it is free."""
+    command = ("losetup", "--list", "--noheadings", "--output", "BACK-FILE", device)
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+
 @contextmanager
 def _taken_from(mount: Path, other: Path) -> Iterator[None]:
     """The file system is unmounted, and its loop device has another image meanwhile: ours, or that
@@ -264,10 +269,10 @@ def _taken_from(mount: Path, other: Path) -> Iterator[None]:
     device = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     with other.open("xb") as file:
         file.truncate(1 << 20)
+    before = _image_of(device)
     subprocess.run(["umount", mount], check=True)
     is_ours = False
-    deadline = monotonic() + 2
-    while not is_ours and monotonic() < deadline:  # it is let go a moment after the unmount
+    while not is_ours and _image_of(device) in ("", before):  # it is let go a moment later
         is_ours = not subprocess.run(["losetup", device, other], check=False).returncode
     try:
         yield

@@ -5,7 +5,6 @@ import os
 import signal
 import stat
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +22,7 @@ from tests.fixtures.hostile import deep_path, odd_tree, writer
 from tests.fixtures.probes import is_soak, need, on
 from tests.fixtures.running import IDLE, running
 from tests.fixtures.runs import find_faults, inode_of, list_objects, stamps, unify
+from tests.fixtures.stepper import Scene, Step, command, run_traced
 from tests.fixtures.trees import (
     COPY_MAY_DIFFER,
     EPOCH_NS,
@@ -280,17 +280,26 @@ def test_without_room_nothing_is_left(site: Site, tool: Tool) -> None:
 @on("ext4")
 def test_an_interrupted_clone_leaves_nothing(site: Site, tool: Tool) -> None:
     rows: list[Row] = [
-        File(f"{number % 50}/{number}", b"%d " % number * 9) for number in range(9000)
+        File(f"{number % 50}/{number}", b"%d " % number * 9) for number in range(900)
     ]
     site.add_guest("web", rows)
     unify(tool, "web")
-    command: list[str | Path] = [Path(sys.executable).parent / "vclone", "web", site.root("new")]
-    with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
-        while not _leftovers(site):
-            assert process.poll() is None
-        process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=60)
-    assert process.returncode == 130, said
+    clone = command(vclone.main, "web", site.root("new"))
+
+    def work() -> int:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        return clone()
+
+    def interrupt(step: Step, scene: Scene) -> None:
+        if step.pid != scene.first and step.number > 400 and not scene.notes:
+            assert _leftovers(site) != []
+            scene.notes.append("interrupted")
+            os.kill(scene.first, signal.SIGINT)
+
+    done = run_traced(work, interrupt)
+    assert done.notes == ["interrupted"], done.output
+    assert done.code == 130, done.output
+    assert "Traceback" not in done.output
     assert _leftovers(site) == []
     assert not site.root("new").exists()
 

@@ -41,7 +41,7 @@ def _notified(function: Callable[[], object]) -> list[str]:
     _, fds, _, _ = socket.recv_fds(near, 1, 1)
     listener = Listener(fds[0], Page())
     near.send(b"g")
-    names = _let_all_go_on(listener)
+    names = _let_all_go_on(listener, pid)
     listener.close()
     near.close()
     far.close()
@@ -49,15 +49,21 @@ def _notified(function: Callable[[], object]) -> list[str]:
     return names
 
 
-def _let_all_go_on(listener: Listener) -> list[str]:
+def _let_all_go_on(listener: Listener, pid: int) -> list[str]:
+    """Until the process has ended, which has then no call that waits. The listener itself says so
+    late: before Linux 6.11 when the process is reaped.
+    """
     names = []
+    end_fd = os.pidfd_open(pid)
     poll = select.poll()
     poll.register(listener.fd, select.POLLIN)
-    while poll.poll()[0][1] & select.POLLIN:
+    poll.register(end_fd, select.POLLIN)
+    while dict(poll.poll()).get(listener.fd, 0) & select.POLLIN:
         found = listener.receive()
         if found is not None:
             names.append(_NAMES[found.number])
             listener.go_on(found.id)
+    os.close(end_fd)
     return names
 
 

@@ -294,7 +294,7 @@ def test_a_frozen_guest_runs_again_whoever_was_killed(
         if whom == _ALL:
             assert is_frozen(cgroup)
             assert pair.run().code == 0
-        wait_for(lambda: not is_frozen(cgroup), timeout_s=2)
+        wait_for(lambda: not is_frozen(cgroup))
         assert guest.poll() is None
     assert pair.lost() == []
     _assert_put_right(pair, killed)

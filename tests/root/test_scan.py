@@ -14,7 +14,13 @@ from typing import Final
 import pytest
 
 from tests.conftest import Tool
-from tests.fixtures.filesystems import Site, is_immutable, mount_image, private_folder
+from tests.fixtures.filesystems import (
+    Site,
+    is_immutable,
+    mount_image,
+    private_folder,
+    wait_released,
+)
 from tests.fixtures.hostile import NAMES, deep_path, odd_tree
 from tests.fixtures.probes import need, on, scaled
 from tests.fixtures.runs import (
@@ -222,6 +228,7 @@ def test_a_file_that_cannot_be_read_is_named_and_the_rest_is_done(site: Site, to
         for name in ("web", "db"):
             site.register(name, grow(mount / name, [File("file", _SAME), File("bad", damaged)]))
         subprocess.run(["umount", mount], check=True)
+        wait_released(folder / "btrfs.img")
         _flip(folder / "btrfs.img", damaged)
         subprocess.run(["mount", "-o", "loop", folder / "btrfs.img", mount], check=True)
         report = unify(tool, "--all", "--pool", mount / "pool", code=20)
@@ -302,7 +309,7 @@ def test_only_descriptors_lead_below_a_guests_root(site: Site, tool: Tool) -> No
     guests = [site.add_guest(name, [File("a/b/file", _SAME)]) for name in ("web", "db")]
     command: list[str | Path] = ["strace", "-f", "-qq", "-e", "trace=%file", "-o", trace]
     command += [Path(sys.executable).parent / "vunify", "--all", "-q"]
-    subprocess.run(command, check=True, timeout=60)
+    subprocess.run(command, check=True, timeout=100)
     lines = trace.read_text().splitlines()
     assert any(f'"{guests[0]}"' in line for line in lines)
     assert [line for line in lines if f"{guests[0]}/" in line or '"a/b/' in line] == []
@@ -343,7 +350,7 @@ while True:
     guests = [site.add_guest(name, rows) for name in ("web", "db")]
     with _program(program, guests[0]):
         for _ in range(scaled(5, 100)):
-            done = tool("vunify", "--all", timeout_s=30)
+            done = tool("vunify", "--all")
             assert done.returncode in (0, 20), done.stderr
             assert "Traceback" not in done.stderr
     assert find_faults(site.pool) == []

@@ -20,6 +20,7 @@ from tests.fixtures.runs import (
     list_objects,
     stamps,
     unify,
+    unify_fresh,
     unshared,
     write_list,
 )
@@ -384,7 +385,14 @@ def test_what_the_index_knows_was_read_when_it_had_settled(site: Site, tool: Too
     rows: list[Row] = [File("equal", b"x" * 99), File("different", b"y" * 99)]
     others: list[Row] = [File("equal", b"x" * 99), File("different", b"z" * 99)]
     guests = [site.add_guest("web", rows), site.add_guest("db", others)]
-    unify(tool)
+    index = site.pool / "index.sqlite"
+
+    def change() -> None:
+        index.unlink(missing_ok=True)
+        for root in guests:
+            (root / "different").chmod(0o644)
+
+    unify_fresh(tool, change)
     assert _known(site) == set()
     sleep(SETTLED_S)
     unify(tool)

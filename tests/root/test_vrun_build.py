@@ -434,6 +434,23 @@ def test_a_build_that_is_killed_can_be_done_again(site: Site, number: signal.Sig
     assert left(site) == {"conf/web", "guests/web"}
 
 
+_SLOW_TO_FORK = """
+import os, time
+os.register_at_fork(after_in_parent=lambda: time.sleep(0.5))
+"""
+
+
+@on("ext4")
+def test_a_build_is_interrupted_while_it_starts_a_program(site: Site) -> None:
+    site.configure(".distributions", "mine/initpost", "#!/bin/sh\nkill -INT $PPID\nsleep 1")
+    (site.confdir / ".distributions/mine/initpost").chmod(0o755)
+    script = _SLOW_TO_FORK + _BUILD
+    command = [sys.executable, "-c", script, "web", "-m", "skeleton", "--", "-d", "mine"]
+    done = subprocess.run(command, capture_output=True, check=False)
+    assert done.returncode == -signal.SIGINT, done.stderr
+    assert left(site) == set()
+
+
 @on("ext4")
 def test_what_was_there_before_a_killed_build_stays(site: Site) -> None:
     root = grow(site.root("web"), [File("etc/own", b"mine")])
@@ -458,6 +475,6 @@ def test_only_one_builds_a_guest(site: Site) -> None:
             assert process.poll() is None
         with pytest.raises(PoolBusy):
             build("web", "-m", "skeleton", "--force")
-        process.communicate(b"go\n", timeout=20)
+        process.communicate(b"go\n", timeout=60)
     assert process.returncode == 0
     assert left(site) == {"conf/web", "guests/web"}

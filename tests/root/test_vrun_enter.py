@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.fixtures.ahead import before_others
 from tests.fixtures.contexts import (
     KEPT,
     Context,
@@ -270,12 +271,9 @@ def test_a_loop_over_a_list_of_guests_goes_on(web: Context, tmp_path: Path, sour
 
 
 def test_a_daemon_that_keeps_its_output_is_not_waited_for(web: Context) -> None:
-    before = time.monotonic()
-
-    done = join("exec", "web", "sh", "-c", "sleep 30 & echo started")
+    done = join("exec", "web", "sh", "-c", "sleep 1000 & echo started", timeout_s=60)
 
     assert (done.returncode, done.stdout) == (0, "started\n")
-    assert time.monotonic() - before < 20
 
 
 def test_a_reader_that_goes_away_ends_the_command(web: Context) -> None:
@@ -315,7 +313,7 @@ def test_descriptors_that_the_caller_has_closed_are_at_their_end(web: Context, c
 
 
 def test_a_full_disk_is_told_of_and_ends_the_command(web: Context) -> None:
-    command = [*PROGRAM, "exec", "web", "sh", "-c", "echo one; sleep 0.3; echo two; exit 3"]
+    command = [*PROGRAM, "exec", "web", "sh", "-c", "while echo one; do sleep 0.1; done; exit 3"]
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(
             command, stdin=subprocess.DEVNULL, stdout=full, stderr=subprocess.PIPE, check=False
@@ -368,7 +366,7 @@ def test_a_frozen_guest_is_waited_for_a_moment_and_then_said(web: Context, group
 def test_a_guest_that_is_frozen_for_a_moment_is_no_failure(web: Context) -> None:
     (web.cgroup / "cgroup.freeze").write_text("1")
     try:
-        with background("exec", "web", "echo", "there") as client:
+        with before_others(), background("exec", "web", "echo", "there") as client:
             time.sleep(0.5)
             (web.cgroup / "cgroup.freeze").write_text("0")
             assert client.wait(60) == 0
@@ -382,8 +380,9 @@ def test_a_guest_that_freezes_whoever_joins_holds_nobody_up(web: Context) -> Non
     freeze = web.cgroup / "guest/cgroup.freeze"
     interpreter = Path(sys.executable).resolve()
     done = None
-    for _ in range(20):
-        with background("exec", "web", "sleep", "60") as client:
+    deadline = time.monotonic() + 90
+    while done is None and time.monotonic() < deadline:
+        with before_others(), background("exec", "web", "sleep", "60") as client:
             while not children_of(client.pid):  # without a pause: it is milliseconds from the stub
                 assert client.poll() is None
             freeze.write_text("1")
@@ -391,7 +390,6 @@ def test_a_guest_that_freezes_whoever_joins_holds_nobody_up(web: Context) -> Non
                 time.sleep(0.2)
                 if Path(f"/proc/{children_of(client.pid)[0]}/exe").readlink() == interpreter:
                     done = client.wait(60)  # held before it became the stub
-                    break
             finally:
                 freeze.write_text("0")
     assert done == 125

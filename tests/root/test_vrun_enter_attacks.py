@@ -7,8 +7,9 @@ import os
 import re
 import signal
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from time import monotonic
 
 import pytest
 
@@ -180,9 +181,10 @@ def test_a_joining_process_never_has_what_the_guest_lacks(
     count = scaled(25, 1000)
 
     with attacker.on_top(web):
-        done = join("times", str(count), "web", "/bin/true", timeout_s=30 + count)
+        for _ in _until(lambda: _has_tried(web, count)):
+            done = join("times", str(count), "web", "/bin/true", timeout_s=100 + count)
+            assert done.returncode == 0
 
-    assert done.returncode == 0
     _check_catches(web, kept, count)
 
 
@@ -193,20 +195,41 @@ def test_one_at_a_terminal_does_not_either(start: Start) -> None:
     count = scaled(8, 200)
 
     command = [*PROGRAM, "times", str(count), "web", "/bin/true"]
-    with attacker.on_top(web), at_terminal(command) as person:
-        assert person.wait(timeout_s=30 + count) == 0
+    with attacker.on_top(web):
+        for _ in _until(lambda: _has_tried(web, count) and _has_seen_terminal(web)):
+            with at_terminal(command) as person:
+                assert person.wait(timeout_s=100 + count) == 0
 
-    caught = _check_catches(web, kept, count)
-    assert any(catch.descriptors.get(0) == "/dev/pts/0" for catch in caught)
+    _check_catches(web, kept, count)
+    assert _has_seen_terminal(web)
 
 
-def _check_catches(web: Context, kept: frozenset[str], count: int) -> list[attacker.Catch]:
-    """The attacker has jumped at many of `count` joining processes, and got nothing by it."""
+def _until(condition: Callable[[], bool], *, at_least: int = 1) -> Iterator[None]:
+    """So many turns, and more where the attacker came too late on a busy machine."""
+    deadline = monotonic() + 60
+    turns = 0
+    while turns < at_least or (not condition() and monotonic() < deadline):
+        turns += 1
+        yield
+
+
+def _has_tried(web: Context, count: int) -> bool:
+    """Whether the attacker has jumped at a quarter of so many, and does what it can."""
     caught = attacker.catches(web)
+    seized = sum(catch.seized for catch in caught)
+    stubs = sum(catch.exe.startswith("/memfd:") for catch in caught)
+    return min(seized, stubs) >= count // 4
+
+
+def _has_seen_terminal(web: Context) -> bool:
+    return any(catch.descriptors.get(0) == "/dev/pts/0" for catch in attacker.catches(web))
+
+
+def _check_catches(web: Context, kept: frozenset[str], count: int) -> None:
+    """The attacker has jumped at many of `count` joining processes, and got nothing by it."""
     own = {kind: link(f"/proc/{web.pid}/{kind}") for kind in ("ns/mnt", "ns/pid", "ns/uts")}
-    assert sum(catch.seized for catch in caught) >= count // 4  # the attack does what it can
-    assert sum(catch.exe.startswith("/memfd:") for catch in caught) >= count // 4
-    for catch in caught:
+    assert _has_tried(web, count)
+    for catch in attacker.catches(web):
         assert catch.exe in ("", "/memfd:init (deleted)", "/bin/busybox")
         assert not catch.exe_written
         assert all(bits & ~mask(kept) == 0 for bits in catch.capabilities.values())
@@ -218,22 +241,24 @@ def _check_catches(web: Context, kept: frozenset[str], count: int) -> list[attac
         )
         assert catch.links.get("root", "/") == catch.links.get("cwd", "/") == "/"
         assert all(catch.links.get(kind, own[kind]) == own[kind] for kind in own)
-    return caught
 
 
 def test_the_attack_finds_a_careless_way_in(start: Start) -> None:
     web = start(Wish(kept=KEPT | {"SYS_PTRACE"}, files={"attack.pl": attacker.program()}))
     wait_until(lambda: bool(web.read("attack.log")))
 
+    def has_way_in() -> bool:
+        caught = attacker.catches(web)
+        more = ~mask(KEPT | {"SYS_PTRACE"})
+        return any(catch.exe.endswith("/nsenter") for catch in caught) and any(
+            catch.capabilities.get("CapEff", 0) & more for catch in caught
+        )
+
     with attacker.on_top(web):
-        for _ in range(10):
+        for _ in _until(has_way_in):
             subprocess.run(["nsenter", "-t", str(web.pid), "-a", "/bin/true"], check=True)
 
-    caught = attacker.catches(web)
-    assert any(catch.exe.endswith("/nsenter") for catch in caught)
-    assert any(
-        catch.capabilities.get("CapEff", 0) & ~mask(KEPT | {"SYS_PTRACE"}) for catch in caught
-    )
+    assert has_way_in()
 
 
 def test_forged_reports_do_not_make_us_signal_others(start: Start) -> None:
@@ -261,7 +286,7 @@ def test_forged_reports_do_not_make_us_signal_others(start: Start) -> None:
     web = start(Wish(kept=KEPT | {"SYS_PTRACE"}, files={"attack.pl": forge}))
     wait_until(lambda: (web.root / "attack.log").exists())
     try:
-        for _ in range(4):
+        for _ in _until((web.root / "forged").exists, at_least=4):
             with attacker.on_top(web), background("exec", "web", "sleep", "60") as client:
                 command_of(client.pid, "sleep")
                 client.send_signal(signal.SIGTERM)

@@ -5,7 +5,7 @@ import re
 import shlex
 import signal
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
 import pytest
@@ -41,11 +41,13 @@ def _client_of(person: Person) -> int:
 
     wanted = os.fsencode("\0".join(PROGRAM))
 
+    def command_line(pid: int) -> bytes:
+        with suppress(OSError):  # it has ended meanwhile
+            return Path(f"/proc/{pid}/cmdline").read_bytes()
+        return b""
+
     def found() -> list[int]:
-        children = children_of(person.pid)
-        return [
-            pid for pid in children if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(wanted)
-        ]
+        return [pid for pid in children_of(person.pid) if command_line(pid).startswith(wanted)]
 
     wait_until(lambda: bool(found()))
     return found()[0]
@@ -96,6 +98,7 @@ def test_the_window_has_the_same_size_and_keeps_it(web: Context) -> None:
 def test_what_is_typed_reaches_the_command_once(web: Context) -> None:
     with _joining("exec", "web", "sh", "-c", 'read word; echo "got $word"') as person:
         command_of(person.pid, "sh")
+        wait_until(lambda: not person.shows_typing())
         person.type("hello\r")
 
         assert person.wait_for("got hello\r\n").count("hello") == 2  # its echo, and the answer

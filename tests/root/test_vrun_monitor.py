@@ -216,7 +216,7 @@ def test_anything_killed_at_any_moment_of_a_start_leaves_nothing(host: Host) -> 
             os.kill(chance.choice(_family(start.pid)), signal.SIGKILL)
         start.wait(60)
         with suppress(AssertionError):  # what was killed may end a moment later
-            wait_until(lambda: not host.is_locked("web") or bool(host.state("web")), 5)
+            wait_until(lambda: not host.is_locked("web") or bool(host.state("web")), 60)
         host.vserver("web", "stop")
         assert host.leftovers() == []
 

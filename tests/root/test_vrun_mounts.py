@@ -121,9 +121,17 @@ def test_no_descriptor_of_the_host_is_left(root: Path) -> None:
 
 
 def test_nothing_of_it_is_seen_on_the_host(root: Path) -> None:
-    before = mounts_of("self")
-    with resident(lambda: bool(mounts.enter_root(RootOptions(root=root))), kinds=ALL):
-        assert mounts_of("self") == before
+    """Of a host whose mounts are shared, as systemd has them, and on which nobody else mounts."""
+
+    def look() -> tuple[list[Line], list[Line]]:
+        for propagation in (mountcalls.MS_PRIVATE, mountcalls.MS_SHARED):
+            mountcalls.set_propagation(b"/", propagation | mountcalls.MS_REC)
+        before = mounts_of("self")
+        with resident(lambda: bool(mounts.enter_root(RootOptions(root=root))), kinds=ALL):
+            return before, mounts_of("self")
+
+    before, after = in_child(look, kinds=("mnt",))
+    assert after == before
 
 
 def test_its_mounts_neither_send_nor_receive(root: Path) -> None:

@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import time
 from collections.abc import Iterator
 from ipaddress import ip_address
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 from tests.fixtures.agent import agent_in
 from tests.fixtures.lab import DEVICE, FAR, Lab, empty_lab
 from tests.fixtures.lab import lab as lab
+from tests.fixtures.witness import wait_until
 from vrun import network
 from vrun.errors import ToolError
 from vrun.spec import Address, Link
@@ -179,6 +179,7 @@ def test_an_address_that_another_machine_answers_for_is_refused(lab: Lab, taken:
         lab.run("ip", "link", "set", FAR, "netns", str(other.pid))
         other.run("ip", "link", "set", FAR, "up")
         other.run("ip", "address", "add", taken, "dev", FAR, *(["nodad"] if ":" in taken else []))
+        wait_until(lambda: _is_up(lab, DEVICE) and _is_up(other, FAR))
         owner = other.run("ip", "-o", "link", "show", FAR).split("link/ether ")[1].split()[0]
         ip = taken.partition("/")[0]
         with pytest.raises(ToolError, match=f"{ip} is in use on {DEVICE}: {owner} answers"):
@@ -186,6 +187,11 @@ def test_an_address_that_another_machine_answers_for_is_refused(lab: Lab, taken:
         assert lab.addresses() == _BEFORE
         _bring_up(lab, "web", _address("10.9.0.6/24"), _address("fd09::6/64"))
         assert {"10.9.0.6/24", "fd09::6/64"} < set(lab.addresses())
+
+
+def _is_up(lab: Lab, device: str) -> bool:
+    """Whether frames pass: the kernel says so a moment after both ends were set up."""
+    return " state UP " in lab.run("ip", "link", "show", device)
 
 
 def _has_vlans(lab: Lab) -> bool:
@@ -349,8 +355,5 @@ def test_a_link_that_cannot_be_made_is_named_and_nothing_is_left(
 def test_the_pair_goes_when_the_guest_died_with_its_network(lab: Lab) -> None:
     with empty_lab() as inner:
         _configure(lab, inner, [Link(entry="0", host="vweb", guest="geth0")])
-    deadline = time.monotonic() + 60
-    while "vweb" in lab.devices():  # the kernel removes it a moment later
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(lambda: "vweb" not in lab.devices())  # the kernel removes it a moment later
     _take_down(lab, "web")

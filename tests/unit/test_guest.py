@@ -444,7 +444,7 @@ def test_lock_is_waited_for_and_no_longer(conf: Path) -> None:
         with guest.hold_lock("web", wait_s=0.05) as had:
             assert not had
         done.set()
-        with guest.hold_lock("web", wait_s=10) as had:
+        with guest.hold_lock("web", wait_s=60) as had:
             assert had
     finally:
         done.set()

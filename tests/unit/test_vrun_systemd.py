@@ -105,10 +105,12 @@ def _reply(kind: int, body: bytes = b"") -> bytes:
     return struct.pack("<cBBBIII", b"l", kind, 0, 1, len(body), 7, len(fields)) + fields + body
 
 
-def _ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: bytes) -> tuple[bytes, str]:
+def _ask(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: bytes, *, timeout_s: float = 60
+) -> tuple[bytes, str]:
     """The call as systemd hears it, and what is said when this process is moved nowhere."""
     monkeypatch.setattr(systemd, "_SOCKET", str(tmp_path / "private"))
-    monkeypatch.setattr(systemd, "_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(systemd, "_TIMEOUT_S", timeout_s)
     init = _Init(tmp_path / "private", answer)
     try:
         with pytest.raises(ToolError) as caught:
@@ -122,7 +124,7 @@ def test_the_call_asks_for_a_delegated_scope_with_this_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     signal_first = _reply(4, b"\0" * 8) + _reply(2)
-    heard, message = _ask(tmp_path, monkeypatch, signal_first)
+    heard, message = _ask(tmp_path, monkeypatch, signal_first, timeout_s=3)  # waited out
     assert "has not moved this process into vservers-1001.scope" in message
     assert heard[:4] == b"l\x01\x00\x01"
     reader = _Reader(heard)

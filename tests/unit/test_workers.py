@@ -39,7 +39,6 @@ class _Trouble(_Echo):
         yield job
 
 
-@pytest.mark.timeout(20)
 def test_jobs_and_answers_of_any_size_pass_each_other() -> None:
     jobs = [bytes([number]) * _LARGE for number in range(3)]
     with Crew(1, _Echo) as crew:

@@ -8,9 +8,11 @@ import signal
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Final
 
 from vrun import syscalls
+
+_ENDING: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def run(
@@ -26,19 +28,33 @@ def run(
     where it cannot be executed.
     """
     ours = os.getpid()
+    # Python loses what a signal's handler raises while it forks, so none comes before that is over.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
 
-    def die_with_parent() -> None:
+    def begin() -> None:
         syscalls.set_parent_death_signal(signal.SIGKILL)
         if os.getppid() != ours:
             os._exit(1)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
-    return subprocess.run(  # noqa: S603 - the administrator's own, or one that is named by us
-        command,
-        env=environment,
-        cwd=folder,
-        stdin=stdin,
-        stdout=stdout,
-        stderr=stderr,
-        check=False,
-        preexec_fn=die_with_parent,
-    )
+    try:
+        process = subprocess.Popen(  # noqa: S603 - the administrator's own, or one named by us
+            command,
+            env=environment,
+            cwd=folder,
+            stdin=stdin,
+            stdout=stdout,
+            stderr=stderr,
+            preexec_fn=begin,
+        )
+    except BaseException:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        raise
+    with process:
+        try:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            output, errors = process.communicate()
+        except BaseException:
+            process.kill()
+            raise
+    return subprocess.CompletedProcess(command, process.returncode, output, errors)
