@@ -8,6 +8,7 @@ import click
 from vrun import ceiling, names
 from vrun.ceiling import Ceiling
 from vrun.commands import entry
+from vrun.commands.entry import guest_option
 from vrun.commands.plain import say, show_failure
 from vrun.errors import NotPermitted, ToolError, WrongUsage
 from vrun.keys import Line
@@ -22,7 +23,7 @@ _KINDS: Final = ("bcapabilities", "ccapabilities", "umask")
 
 
 @click.command("vattribute", context_settings=entry.WIDTH)
-@click.option("-c", "--xid", metavar="X", required=True, help="The guest: its name or number.")
+@guest_option
 @click.option("--get", "is_get", is_flag=True, help="Show what it may do.")
 @click.option("--set", "is_set", is_flag=True, help="Take away what is named with ~ in front.")
 @click.option("--bcap", multiple=True, metavar="WORD,...", help="Capabilities: ~net_raw.")
