@@ -201,7 +201,10 @@ _PLAIN = click.Command("plain", help="Needs no options.")
 
 def _restart(request: Request) -> int:
     _parse(_PLAIN, request, "restart")
+    from vrun.config import load_spec
+
     guest, order = request.guest, replace(request.order, sync=True)
+    load_spec(guest, profile=order.profile)  # a mistake in it is found while the guest still runs
     lifecycle.stop(guest, order, request.hearer)
     lifecycle.start(guest, request.order, request.hearer)
     return 0
