@@ -9,7 +9,7 @@ import subprocess
 from pathlib import Path
 from typing import Final
 
-from tests.fixtures.guestconfig import Configuration, write_program
+from tests.fixtures.guestconfig import Configuration, write_keys, write_program
 from tests.fixtures.vservers import Host, grow_busybox
 
 _PLACES: Final = Configuration(
@@ -28,6 +28,8 @@ _INITTAB: Final = f"""\
 ::shutdown:/bin/sh -c "sleep {{seconds}}; cat {BOOT_ID} >>/{_LEFT}; sync"
 """
 _SLOW_S: Final = 10
+PATIENCE_S: Final = 500
+"""For whatever a machine without KVM has to do beside others."""
 _PHASES: Final = ("prepre-start", "post-start", "pre-stop", "postpost-stop")
 UNITS: Final = ("vservers@default.service", "vservers.service")
 
@@ -45,6 +47,7 @@ def grow() -> Host:
     for phase in _PHASES:
         script = _PLACES.confdir / ".defaults/scripts" / phase
         write_program(script, f'echo "$(cat {BOOT_ID}) {phase} $2" >>{_NOTED}')
+    write_keys(_PLACES.confdir / ".defaults", {"apps/vshelper/sync-timeout": str(PATIENCE_S)})
     host = open_host()
     for name, needed in _NEEDS.items():
         _add(host, name, {"apps/init/mark": "default"}, needed)
@@ -128,6 +131,6 @@ def assert_stopped_cleanly(boot: str) -> None:
 
 
 def _run(*argv: str) -> str:
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=100, check=False)
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     assert done.returncode == 0, (argv, done.stdout, done.stderr)
     return done.stdout
