@@ -30,6 +30,7 @@ import vrun
 import vstore
 from bench import (
     cases,
+    charts,
     copies,
     copyreport,
     cow,
@@ -61,7 +62,7 @@ _INDEX: Final = "index"
 _ALL: Final = "all"
 _EACH: Final = {
     "unify": (),
-    "scale": (),
+    "scale": ("--repeat", "1"),
     _GROWTH: (),
     _START: ("--repeat", "20"),
     _COW: ("--fs", "ext4"),
@@ -73,26 +74,35 @@ _EACH: Final = {
 
 def main(arguments: Sequence[str]) -> int:
     """Run one case; gives the exit code: 0 done (whatever the figures say), 1 could not run."""
-    options = _parse(arguments)
+    todo = cases_of(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
     try:
-        _check(options)
+        _check(todo)
         enter_mount_namespace(list(arguments))
-        for chosen in _cases(options, arguments):
-            _RUNNERS.get(chosen.case, _run)(chosen)
+        return max([_run_case(chosen) for chosen in todo])
     except BenchError as error:
         log.error("bench: %s", error)
         return 1
     except KeyboardInterrupt:
         log.warning("bench: interrupted; nothing is left behind")
         return 130
+
+
+def _run_case(options: argparse.Namespace) -> int:
+    """Its exit code: one that could not run does not keep the others from it."""
+    try:
+        _RUNNERS.get(options.case, _run)(options)
+    except BenchError as error:
+        log.error("bench: %s: %s", options.case, error)
+        return 1
     return 0
 
 
-def _cases(options: argparse.Namespace, arguments: Sequence[str]) -> list[argparse.Namespace]:
+def cases_of(arguments: Sequence[str]) -> list[argparse.Namespace]:
     """The one case, or all of them; what was asked for goes before what is usual."""
+    options = _parse(arguments)
     if options.case != _ALL:
         return [options]
     asked = [word for word in arguments if word != _ALL]
@@ -137,18 +147,30 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _check(options: argparse.Namespace) -> None:
+def _check(todo: Sequence[argparse.Namespace]) -> None:
+    """Before the first begins: what the last one lacks would be found after hours."""
     if os.geteuid():
         raise BenchError("it mounts file systems and links as root does: run it as root")
-    needed = ["unshare", "mount"]
-    needed += ["busybox"] if options.case == _START else [f"mkfs.{options.fs}"]
-    is_all = options.case == _ALL
-    needed += ["debootstrap", "tar"] if is_all or options.case in ("unify", _COPY, _GROWTH) else []
-    copying = ["ip", "tc", "rsync", "zstd", "ssh", "dpkg-deb"]
-    needed += copying if is_all or options.case == _COPY else []
+    needed = dict.fromkeys(name for options in todo for name in needs_of(options))
     missing = [name for name in needed if shutil.which(name) is None]
     if missing:
         raise BenchError(f"not installed: {', '.join(missing)}")
+    if any(options.case == _INDEX for options in todo):
+        charts.check()
+
+
+def needs_of(options: argparse.Namespace) -> list[str]:
+    """The programs without which the case cannot run."""
+    needed = ["unshare", "mount"]
+    if options.case == _START:
+        needed.append("busybox")
+    elif options.case != _INDEX:
+        needed.append(f"mkfs.{options.fs}")
+    if options.case in ("unify", _COPY, _GROWTH):
+        needed += ["debootstrap", "tar"]
+    if options.case == _COPY:
+        needed += ["ip", "tc", "rsync", "zstd", "ssh", "dpkg-deb"]
+    return needed
 
 
 def _run(options: argparse.Namespace) -> None:

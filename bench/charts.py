@@ -6,6 +6,7 @@ and without a background; the same figures give the same file.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
@@ -55,13 +56,18 @@ class Bars:
 Chart = Lines | Bars
 
 
+def check() -> None:
+    """Raises BenchError without matplotlib."""
+    if find_spec("matplotlib") is None:
+        raise BenchError("no matplotlib, which draws the charts: pip install '.[bench]'")
+
+
 def draw(charts: dict[str, Chart], folder: Path) -> None:
     """Write FOLDER/NAME.svg for each. Raises BenchError without matplotlib."""
-    try:
-        import matplotlib as mpl
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise BenchError("no matplotlib, which draws the charts: pip install '.[bench]'") from error
+    check()
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
     folder.mkdir(parents=True, exist_ok=True)
     for name, chart in charts.items():
         with mpl.rc_context(_STYLE):

@@ -20,6 +20,9 @@ from bench.report import Machine, show_machine, show_targets, table
 
 CHARTS: Final = "charts"
 INDEX: Final = "index.md"
+_SMALL: Final = "small"
+_ROUNDS: Final = 3
+"""If no other number is asked for."""
 
 Facts = dict[str, Any]
 Ratios = list[tuple[str, str, float]]
@@ -33,8 +36,8 @@ class Part:
     """One report of the page."""
 
     title: str
-    names: tuple[str, ...]
-    """Of its files, without .json: the first that is there counts."""
+    name: str
+    """Of its files, without .json: that of the full size on the usual file system."""
     command: str
     ratios: Callable[[Facts], Ratios] = lambda facts: []
 
@@ -100,23 +103,27 @@ def _copy_ratios(facts: Facts) -> Ratios:
 
 
 PARTS: Final = (
-    Part("Unify real guests", ("unify",), "python -m bench unify", _unify_ratios),
-    Part("Many files", ("scale",), "python -m bench scale", _scale_ratios),
-    Part("More and more guests", ("growth",), "python -m bench growth"),
-    Part("Start", ("start",), "python -m bench start --repeat 20", _start_ratios),
-    Part("Copy on write", ("cow-ext4", "cow"), "python -m bench cow --fs ext4", _cow_ratios),
-    Part("Copy to another machine", ("copy",), "python -m bench copy", _copy_ratios),
+    Part("Unify real guests", "unify", "python -m bench unify", _unify_ratios),
+    Part("Many files", "scale", "python -m bench scale --repeat 1", _scale_ratios),
+    Part("More and more guests", "growth", "python -m bench growth"),
+    Part("Start", "start", "python -m bench start --repeat 20", _start_ratios),
+    Part("Copy on write", "cow-ext4", "python -m bench cow --fs ext4", _cow_ratios),
+    Part("Copy to another machine", "copy", "python -m bench copy", _copy_ratios),
 )
 
 
 def load(folder: Path) -> dict[str, Facts]:
-    """The reports that are there, by title of their part."""
+    """The reports that are there, by title of their part; `name` is that of the file.
+
+    Where the usual one is missing, another of the same case counts.
+    """
     found: dict[str, Facts] = {}
     for part in PARTS:
-        for name in part.names:
-            path = folder / f"{name}.json"
+        case = part.name.partition("-")[0]
+        others = sorted({*folder.glob(f"{case}.json"), *folder.glob(f"{case}-*.json")})
+        for path in (folder / f"{part.name}.json", *others):
             if part.title not in found and path.exists():
-                found[part.title] = json.loads(path.read_text())
+                found[part.title] = {**json.loads(path.read_text()), "name": path.stem}
     return found
 
 
@@ -151,8 +158,7 @@ def as_markdown(reports: dict[str, Facts]) -> str:
 def _part(part: Part, facts: Facts | None) -> list[str]:
     if facts is None:
         return [f"Not measured: `{part.command}`.\n"]
-    name = next(name for name in part.names if facts["case"] == name.partition("-")[0])
-    said = [f"`{part.command}`, {facts['day']}; [all of it]({name}.md).\n"]
+    said = [f"`{_command(facts)}`, {facts['day']}; [all of it]({facts['name']}.md).\n"]
     if facts.get("targets"):
         said.append(show_targets(_target(one) for one in facts["targets"]))
     if "part_of_further" in facts:
@@ -163,6 +169,16 @@ def _part(part: Part, facts: Facts | None) -> list[str]:
         rows = [[job, peer, f"{ratio:.2f}"] for job, peer, ratio in ratios]
         said.append(table(["what", "peer", "ratio"], rows))
     return [*said, _machine(facts)]
+
+
+def _command(facts: Facts) -> str:
+    """What made the report, from its name and rounds."""
+    case, *marks = facts["name"].split("-")
+    words = ["python -m bench", case]
+    words += ["--size small" if mark == _SMALL else f"--fs {mark}" for mark in marks]
+    if facts.get("rounds", _ROUNDS) != _ROUNDS:
+        words.append(f"--repeat {facts['rounds']}")
+    return " ".join(words)
 
 
 def _target(facts: Facts) -> Target:

@@ -15,6 +15,7 @@ from vrun import names
 from vrun.cgroup import Group
 from vrun.errors import NotPermitted, ToolError
 from vrun.grouplimits import write_cpu
+from vrun.hierarchy import find_hierarchies
 from vrun.spec import CpuLimit
 from vrun.state import find_running, load_resources
 from vstore.record import dataclass
@@ -107,10 +108,9 @@ def change(group: Group, name: str, kind: Kind, value: int | None) -> None:
     file = _FILES.get((name, kind))
     path = _path(group, file) if file else None
     if file is None or path is None:
-        raise NotPermitted(
-            f"{name}: this machine has no {kind} limit for the guest",
-            hint=f"write it to rlimits/{name} and restart the guest, if it started without limits",
-        )
+        if file is not None and group.folder_of(file.controller) is None:
+            raise _no_group(file.controller, f"rlimits/{name}")
+        raise NotPermitted(f"{name}: this machine has no {kind} limit for the guest")
     text = "max" if value is None else str(value * file.unit)
     if value is None and file.controller in group.v1 and file.controller == "memory":
         text = "-1"
@@ -175,10 +175,7 @@ def lift_cpu(group: Group) -> None:
 def _cpu_folder(group: Group) -> Path:
     folder = group.folder_of("cpu")
     if folder is None:
-        raise NotPermitted(
-            "the guest has no share of cpu time that could be changed",
-            hint="it was started without one: write sched/ and restart it",
-        )
+        raise _no_group("cpu", "sched/")
     return folder
 
 
@@ -190,6 +187,17 @@ def _forget_burst(folder: Path) -> None:
 
 
 # --- control files
+
+
+def _no_group(controller: str, key: str) -> NotPermitted:
+    """Why the guest has no control files of `controller`; `key` is where limits are written."""
+    if controller in find_hierarchies().v1:
+        return NotPermitted(
+            f"the guest was started without a limit that the controller {controller} keeps, and "
+            "where that is in a v1 hierarchy it has no control group of it",
+            hint=f"write the limit to {key} and restart the guest; then it can be changed",
+        )
+    return NotPermitted(f"this machine's control groups do not have the controller {controller}")
 
 
 def _path(group: Group, file: _File) -> Path | None:

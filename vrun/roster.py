@@ -13,7 +13,7 @@ from typing import Final, Literal
 
 from vrun import names
 from vrun.config_init import load_depends
-from vrun.errors import ToolError, WrongUsage
+from vrun.errors import ConfigInvalid, ToolError, WrongUsage
 from vrun.graph import Before, Key, find_cycles
 from vrun.keys import Keys
 from vrun.state import find_running
@@ -186,6 +186,8 @@ class _Planner:
     def _refuse(self) -> None:
         """Note those that cannot be started, and why."""
         self._refuse_unreadable()
+        if self._word == "restart":
+            self._refuse_mistaken()
         for name, place in self._places.items():
             if name not in self._chosen and not place.trouble:
                 self._refuse_unfit(name)
@@ -201,6 +203,18 @@ class _Planner:
         for name, place in self._places.items():
             if place.trouble:
                 self._refused[name] = place.trouble
+
+    def _refuse_mistaken(self) -> None:
+        """One that would be stopped, and could not be started with what its configuration says."""
+        from vrun.config import load_spec
+
+        for name in self._chosen:
+            try:
+                load_spec(names.find(name))
+            except ConfigInvalid as error:
+                self._refused[name] = error.message
+            except ToolError:
+                continue  # is said in its turn
 
     def _refuse_unfit(self, name: str) -> None:
         """One that is only needed by others."""

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 import pytest
 
 from tests.fixtures.probes import need
-from tests.fixtures.vservers import SLEEPER, Host, host_for_guests, run_installed
+from tests.fixtures.vservers import SLEEPER, Host, host_for_guests, run_installed, status_of
 
 pytestmark = need("root")
 
-_CHOWN = 0  # linux/capability.h
+_CHOWN, _FOWNER = 0, 3  # linux/capability.h
 
 
 @pytest.fixture
@@ -33,6 +33,11 @@ def bounding(host: Host) -> int:
     return int(found[1], 16)
 
 
+def bounding_of_init(host: Host) -> int:
+    """That of a process which has run since the start."""
+    return int(status_of(host.init_pid("web"))["CapBnd"], 16)
+
+
 def test_what_is_taken_away_is_missing_in_the_next_that_joins(host: Host) -> None:
     host.add_busybox("web", {**SLEEPER, "bcapabilities": "NET_RAW"})
     assert "does not run" in run("-c", "web", "--get", code=1)
@@ -46,7 +51,13 @@ def test_what_is_taken_away_is_missing_in_the_next_that_joins(host: Host) -> Non
     assert umask.split() == ["umask", "none"]
     before = bounding(host)
     assert before >> _CHOWN & 1
-    run("-c", "web", "--set", "--bcap", "~CAP_CHOWN,~fowner")
+    said = run("-c", "web", "--set", "--bcap", "~CAP_CHOWN,~fowner")
+    assert (
+        "its processes that run keep CHOWN FOWNER: a stock kernel takes nothing from them" in said
+    )
+    assert "written with ~ to bcapabilities it holds" in said
+    assert bounding_of_init(host) == before  # which is what was said
+    assert run("-c", "web", "--set", "--bcap", "~chown") == ""
     assert not bounding(host) >> _CHOWN & 1
     assert "chown" in host.vserver("web", "exec", "chown", "5", "/etc", code=1).stderr
     assert "CHOWN" not in run("-c", "web", "--get").split()[1].split(",")
@@ -57,6 +68,11 @@ def test_what_is_taken_away_is_missing_in_the_next_that_joins(host: Host) -> Non
     assert not bounding(host) >> _CHOWN & 1
     host.vserver("web", "restart")
     assert bounding(host) == before
+    host.set_key("web", "bcapabilities", "NET_RAW ~chown ~fowner\n")
+    host.vserver("web", "restart")
+    assert bounding_of_init(host) == before & ~(1 << _CHOWN | 1 << _FOWNER)
+    assert bounding(host) == bounding_of_init(host)
+    assert not {"CHOWN", "FOWNER"} & set(run("-c", "web", "--get").split()[1].split(","))
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ Runs where the controllers are in v1 hierarchies, and where they are in that of 
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -121,9 +122,48 @@ def test_what_cannot_be_had_is_said(host: Host) -> None:
     assert "have no total for a guest" in run("vlimit", "-c", "web", "--openfd", "5", code=1).stderr
     assert "is no limit" in run("vlimit", "-c", "web", "--rss", "much", code=1).stderr
     assert "no min limit" in run("vlimit", "-c", "web", "-M", "--nproc", "5", code=1).stderr
-    done = run("vlimit", "-c", "free", "-a")
-    assert row(done.stdout, "rss")[3] in ("inf", "N/A")
-    assert run("vsched", "-c", "free").stdout.startswith("no limit on ")
+
+
+def is_in_v1(controller: str) -> bool:
+    """As the kernel shows it of every process; see cgroups(7)."""
+    lines = Path("/proc/self/cgroup").read_text().splitlines()
+    return any(controller in line.split(":")[1].split(",") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("controller", "words", "key"),
+    [
+        ("memory", ["vlimit", "--rss", "16384"], "rlimits/rss"),
+        ("memory", ["vlimit", "-S", "--rss", "16384"], "rlimits/rss"),
+        ("pids", ["vlimit", "--nproc", "30"], "rlimits/nproc"),
+        ("cpu", ["vsched", "--fill-rate", "1", "--interval", "2"], "sched/"),
+        ("cpu", ["vsched", "--no-limit"], "sched/"),
+    ],
+)
+def test_a_guest_without_limits_gets_them_where_it_has_control_groups(
+    host: Host, controller: str, words: list[str], key: str
+) -> None:
+    command, *options = words
+    if is_in_v1(controller):
+        said = run(command, "-c", "free", *options, code=1).stderr
+        assert f"started without a limit that the controller {controller} keeps" in said
+        assert f"write the limit to {key} and restart the guest" in said
+    else:
+        run(command, "-c", "free", *options)
+    shown = run("vlimit", "-c", "free", "-a", "-d").stdout
+    rss, nproc = row(shown, "rss"), row(shown, "nproc")
+    if is_in_v1(controller):
+        assert (rss[1:], nproc[1:]) == (["N/A"] * 5, ["N/A"] * 5)
+        assert run("vsched", "-c", "free").stdout.startswith("no limit on ")
+    elif controller == "memory":
+        assert rss[2 if "-S" in options else 3] == "16384"
+    elif controller == "pids":
+        assert nproc[3] == "30"
+        script = "for n in $(seq 40); do sleep 0.2 & done; wait"
+        assert "can't fork" in host.try_vserver("free", "exec", "sh", "-c", script).stderr
+    else:
+        starts = "no limit on " if "--no-limit" in options else "50.0% of each of "
+        assert run("vsched", "-c", "free").stdout.startswith(starts)
 
 
 @pytest.mark.parametrize(

@@ -125,6 +125,27 @@ def test_what_is_needed_starts_too_and_a_cycle_is_named(host: Host) -> None:
     assert bulk("status", "--stopped", code=1).stdout.endswith("2 guests: 0 running, 2 not\n")
 
 
+def test_a_restart_stops_no_guest_that_would_not_start_again(host: Host) -> None:
+    add(host, "db")
+    add(host, "web")
+    add(host, "front", "web")
+    bulk("start", "--all")
+    before = {name: host.init_pid(name) for name in host.names}
+    host.set_key("web", "rlimits/nproc", "many\n")
+    for words in (("restart",), ("condrestart",)):
+        assert "rlimits/nproc" in host.vserver("web", *words, code=1).stderr
+        assert host.init_pid("web") == before["web"]
+    done = bulk("restart", "--all", code=2)
+    assert done.stdout.splitlines() == ["db: restarted", "3 guests: 1 restarted, 2 failed"]
+    assert "rlimits/nproc" in done.stderr
+    assert "front: not restarted: it needs guest web, which cannot be started" in done.stderr
+    assert (host.init_pid("front"), host.init_pid("web")) == (before["front"], before["web"])
+    assert host.init_pid("db") != before["db"]
+    host.set_key("web", "rlimits/nproc", "100\n")
+    host.vserver("web", "restart")
+    assert host.init_pid("web") != before["web"]
+
+
 def test_guests_of_long_ago_start_by_onboot_and_priority(host: Host, tmp_path: Path) -> None:
     log = tmp_path / "noted"
     note_all(host, log)

@@ -74,3 +74,15 @@ def test_a_program_that_did_not_run_leaves_a_gap(tmp_path: Path) -> None:
     chart = index.find_charts(reports)["copy-seconds"]
     assert isinstance(chart, Bars)
     assert chart.series == {"vserver-copy": [None, 2], "rsync": [4, None]}
+
+
+def test_each_part_says_the_command_that_made_it(tmp_path: Path) -> None:
+    small = _facts("copy", results={"copies": [_copy("rsync", 1, 4, 100)]}, rounds=1)
+    said = index.as_markdown(_save(tmp_path, "copy-small", small))
+    command = "python -m bench copy --size small --repeat 1"
+    assert f"`{command}`, 2026-01-02; [all of it](copy-small.md)." in said
+    results: dict[str, Any] = {"rounds": [], "missing": {}, "memory": []}
+    said = index.as_markdown(_save(tmp_path, "cow-btrfs-small", _facts("cow", results=results)))
+    assert "`python -m bench cow --fs btrfs --size small`, 2026-01-02" in said
+    said = index.as_markdown(_save(tmp_path, "copy", {**small, "rounds": 3}))
+    assert "`python -m bench copy`, 2026-01-02; [all of it](copy.md)." in said

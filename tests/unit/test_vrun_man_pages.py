@@ -1,7 +1,10 @@
 """The man pages of vserver say what its click commands and its words say."""
 
 import importlib
+import os
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -223,6 +226,9 @@ def test_vservers_explains_every_exit_code() -> None:
 # --- commands without words of their own
 
 each_command = pytest.mark.parametrize("name", sorted(_ONE_COMMAND))
+_WITH_GUEST = {"vattribute": ["--get"], "vlimit": ["--all"]}
+_BEHIND = {"chcontext": ["true"], "vdlimit": ["/"]}
+"""What some commands need besides a guest."""
 
 
 def test_each_command_has_a_page_and_each_page_a_command() -> None:
@@ -244,6 +250,19 @@ def test_page_explains_every_exit_code(name: str) -> None:
     named = {value for key, value in vars(_ONE_COMMAND[name]).items() if key.startswith("EXIT_")}
     codes = {0, entry.EXIT_FAILED, plain.EXIT_INTERRUPTED} | named
     assert [code for code in sorted(codes) if not manpages.explains_code(text, code)] == []
+
+
+@each_command
+def test_page_explains_the_exit_code_for_an_unknown_guest(name: str, tmp_path: Path) -> None:
+    options = {"-c", "--xid"} & options_of(_ONE_COMMAND[name].command)
+    if not options:
+        return
+    words = [*_WITH_GUEST.get(name, ()), f"--xid={tmp_path.name}-nobody"]
+    places = {f"VSERVER_{word}": os.fspath(tmp_path) for word in ("CONFDIR", "VDIRBASE", "RUNDIR")}
+    command = [Path(sys.executable).with_name(name), *words, *_BEHIND.get(name, ())]
+    done = subprocess.run(command, env={**os.environ, **places}, capture_output=True, check=False)
+    assert b"nobody" in done.stderr
+    assert manpages.explains_code(manpages.plain(_PAGES / f"{name}.8"), done.returncode)
 
 
 @each_command

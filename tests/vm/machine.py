@@ -2,19 +2,21 @@
 
     tests/vm/run [--machine MACHINE] [--accel kvm|tcg] [--limit SECONDS] [PYTEST ARGUMENT...]
 
-There are two machines, both with all cgroup controllers in one v2 hierarchy:
+There are three machines, all with all cgroup controllers in one v2 hierarchy:
 
     plain       process 1 is a script: tests of the kernel, and of control groups that are all ours
     systemd     process 1 is systemd, which owns the control groups: tests/vm/systemd
+    shutdown    boots as hosts do, three times: it reboots and is turned off with guests that run,
+                and the next boot looks at what became of them: tests/vm/shutdown
 
 What is no option of ours is given to pytest: `tests/vm/run -k clock`, `tests/vm/run tests/root`.
-Without any both machines run, one after the other, each the tests meant for it; with some the plain
+Without any all machines run, one after the other, each the tests meant for it; with some the plain
 one does, unless MACHINE is given. The exit status is pytest's, the first that is not 0; without one
 (a crash, the limit) it is 1.
 
-A machine has two disks: the image of image.py (what is written to it is thrown away) and a tar
-archive with the checkout. It has two serial ports: the console, and one on which tests/vm/inside
-reports "exit N". It has no network.
+A machine has two disks: the image of image.py (what is written to it is thrown away in the end) and
+a tar archive with the checkout. It has two serial ports: the console, and one on which
+tests/vm/inside reports "exit N". It has no network.
 """
 
 import argparse
@@ -47,12 +49,18 @@ _MEMORY: Final = "2G"
 _KVM_LIMIT_S: Final = 10
 _POLL_S: Final = 0.2
 _PASSED_ON: Final = ("VTEST_REQUIRE", "VTEST_SOAK")
+_SYSTEMD: Final = (
+    "init=/lib/systemd/systemd systemd.show_status=no systemd.unified_cgroup_hierarchy=1 "
+)
 _MACHINES: Final = {
-    "plain": "init=/sbin/vtest-init",
-    "systemd": "init=/lib/systemd/systemd systemd.unit=vtest.service systemd.show_status=no "
-    "systemd.unified_cgroup_hierarchy=1",
+    "plain": ("init=/sbin/vtest-init",),
+    "systemd": (_SYSTEMD + "systemd.unit=vtest.service",),
+    "shutdown": tuple(
+        f"{_SYSTEMD}systemd.wants=vtest.service systemd.setenv=VTEST_BOOT={boot}"
+        for boot in (1, 2, 3)
+    ),
 }
-"""What each is told on its kernel's command line."""
+"""What each is told on its kernel's command line, in each of its boots."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -61,7 +69,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--machine", choices=tuple(_MACHINES), help="default: see above")
     parser.add_argument("--accel", choices=("kvm", "tcg"), help="default: kvm where it works")
-    parser.add_argument("--limit", type=int, default=900, help="seconds; default: %(default)s")
+    parser.add_argument("--limit", type=int, default=1800, help="seconds; default: %(default)s")
     ours, pytest_arguments = parser.parse_known_args(arguments)
     machines = [ours.machine or "plain"] if ours.machine or pytest_arguments else list(_MACHINES)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -101,16 +109,30 @@ def _run_tests(
         work = Path(folder)
         _pack_checkout(work, pytest_arguments)
         chosen = accel or _choose_accelerator(cache, image)
-        console = cache / f"console-{machine}.log"
-        sys.stderr.write(f"test-vm: booting {machine} ({chosen}); the console goes to {console}\n")
-        command = _qemu(image, chosen, _MACHINES[machine])
-        finished = _boot(command, work, console, limit_s=limit_s)
-        report = (work / "report").read_text(errors="replace")
+        disk = f"{image.disk},snapshot=on"
+        if len(_MACHINES[machine]) > 1:  # what one boot writes, the next one finds
+            disk = os.fspath(work / "disk.ext4")
+            subprocess.run(["cp", "--sparse=always", image.disk, disk], check=True)
+        for number, parameters in enumerate(_MACHINES[machine], 1):
+            console = cache / f"console-{machine}{f'-{number}' if number > 1 else ''}.log"
+            sys.stderr.write(
+                f"test-vm: booting {machine} ({chosen}); the console goes to {console}\n"
+            )
+            command = _qemu(image, disk, chosen, parameters)
+            if code := _run_boot(command, work, console, limit_s=limit_s):
+                return code
+    return 0
+
+
+def _run_boot(command: Sequence[str], work: Path, console: Path, *, limit_s: int) -> int:
+    """One boot; pytest's exit status in it. Raises ToolError where it was not done or has none."""
+    finished = _boot(command, work, console, limit_s=limit_s)
+    report = (work / "report").read_text(errors="replace")
     found = re.search(r"^exit (\d+)\s*$", report, re.MULTILINE)
-    if not found:
+    if not found or not finished:
         reason = "ended without a result" if finished else f"was not done after {limit_s} s"
         hint = f"see the end of {console}" + ("" if finished else "; --limit gives more")
-        raise ToolError(f"the virtual machine {machine} {reason}", hint=hint)
+        raise ToolError(f"the virtual machine {reason}", hint=hint)
     return int(found[1])
 
 
@@ -142,7 +164,8 @@ def _choose_accelerator(cache: Path, image: Image) -> str:
 
 def _boots_with_kvm(image: Image) -> bool:
     """Whether the kernel starts its first process, which ends at once, in good time."""
-    command = [*_qemu(image, "kvm", "init=/bin/true"), "-serial", "null"]
+    disk = f"{image.disk},snapshot=on"
+    command = [*_qemu(image, disk, "kvm", "init=/bin/true"), "-serial", "null"]
     try:
         done = subprocess.run(command, capture_output=True, timeout=_KVM_LIMIT_S, check=False)
     except subprocess.TimeoutExpired:
@@ -150,15 +173,18 @@ def _boots_with_kvm(image: Image) -> bool:
     return done.returncode == 0
 
 
-def _qemu(image: Image, accel: str, *parameters: str) -> list[str]:
-    """The command but for serial ports; panic=-1 and -no-reboot make every way out end it."""
+def _qemu(image: Image, disk: str, accel: str, *parameters: str) -> list[str]:
+    """The command but for serial ports; panic=-1 and -no-reboot make every way out end it.
+
+    `disk` is the file of its root, with qemu's options.
+    """
     options = "root=/dev/nvme0n1 rw rootflags=noinit_itable console=ttyS0 quiet panic=-1"
     return [
         *ENDS_WITH_US,
         *("qemu-system-x86_64", "-accel", accel, "-cpu", "max", "-smp", "2", "-m", _MEMORY),
         *("-nodefaults", "-display", "none", "-no-reboot"),
         *("-kernel", os.fspath(image.kernel), "-append", " ".join([options, *parameters])),
-        *_disk("root", f"{image.disk},snapshot=on,cache=unsafe"),
+        *_disk("root", f"{disk},cache=unsafe"),
     ]
 
 

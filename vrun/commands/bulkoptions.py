@@ -10,7 +10,7 @@ import click
 from vrun.commands.logged import Shown
 from vrun.commands.vservers import COMMANDS, EXIT_ALL, PROGRAM, carry_out, find_command
 from vrun.roster import Wanted
-from vstore.cli import version_option
+from vstore.cli import complete_guest, version_option
 
 MORE: Final = {"unify": "vrun.commands.unifying", "install-unit": "vrun.commands.units"}
 """Words with options of their own; the modules whose `command` they are."""
@@ -85,7 +85,7 @@ def wanted(guests: tuple[str, ...], given: Mapping[str, Any]) -> Wanted:
 @click.option("--json", "as_json", is_flag=True, help="status: one JSON object a line.")
 @version_option
 @click.argument("word", metavar="COMMAND", type=click.Choice(list(COMMANDS)))
-@click.argument("guests", metavar="[NAME]...", nargs=-1)
+@click.argument("guests", metavar="[NAME]...", nargs=-1, shell_complete=complete_guest)
 def command(
     *, word: str, guests: tuple[str, ...], jobs: int | None, as_json: bool, **given: Any
 ) -> int:

@@ -11,7 +11,7 @@ from vrun.foreground import EXIT_CANNOT_EXECUTE, EXIT_FAILED, EXIT_NOT_FOUND
 from vrun.membership import HOST, SPECTATOR, Member, find_contexts
 from vrun.state import LAST_DYNAMIC
 from vrun.wordlist import CFLAGS
-from vstore.cli import version_option
+from vstore.cli import complete_guest, version_option
 
 __all__ = ["EXIT_CANNOT_EXECUTE", "EXIT_FAILED", "EXIT_NOT_FOUND"]
 
@@ -20,7 +20,14 @@ _IN_FORCE = frozenset({"lock", "nproc", "hideinfo", "ulimit", "namespace", "sche
 
 
 @click.command("chcontext", context_settings=entry.WITH_COMMAND)
-@click.option("--ctx", "--xid", "xid", metavar="N", help="The context's number, or a guest.")
+@click.option(
+    "--ctx",
+    "--xid",
+    "xid",
+    metavar="N",
+    shell_complete=complete_guest,
+    help="The context's number, or a guest.",
+)
 @click.option("--cap", "caps", metavar="[!]C", multiple=True, help="Keep C; !C takes it away.")
 @click.option("--secure", is_flag=True, help="Hold it to what guests are held to.")
 @click.option("--hostname", metavar="H", help="Its host name.")

@@ -7,13 +7,14 @@ import shutil
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Final, NoReturn
+from typing import Any, Final, NoReturn, TypeVar
 
 import click
 
 from vrun.commands import plain
 from vrun.commands.logged import Shown
 from vrun.errors import NotPermitted
+from vstore.cli import complete_guest
 
 EXIT_FAILED: Final = 1
 """What was asked for could not be done, or not all of it; or the command line is wrong."""
@@ -21,6 +22,21 @@ WIDTH: Final = {"max_content_width": 80}
 """Settings of each command: its help fits a terminal of 80 columns."""
 WITH_COMMAND: Final = {**WIDTH, "allow_interspersed_args": False}
 """Settings of one whose arguments end with a command and the options of that."""
+
+
+_Decorated = TypeVar("_Decorated", bound=Callable[..., Any])
+
+
+def guest_option(function: _Decorated) -> _Decorated:
+    """`-c X`: the command gets `xid`, what stands there."""
+    return click.option(
+        "-c",
+        "--xid",
+        metavar="X",
+        required=True,
+        shell_complete=complete_guest,
+        help="The guest: its name or number.",
+    )(function)
 
 
 def run(command: click.Command, *, usage: int = EXIT_FAILED, with_rest: bool = False) -> NoReturn:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final, NoReturn
 
 import click
+from click.shell_completion import CompletionItem
 
 from vrun import lifecycle, names, status
 from vrun.commands.logged import Shown
@@ -15,7 +16,7 @@ from vrun.commands.plain import HEARER, say, show
 from vrun.errors import ToolError
 from vrun.order import Order, Rescue
 from vrun.state import find_running
-from vstore.cli import version_option
+from vstore.cli import complete_guest, version_option
 from vstore.guest import Guest
 from vstore.record import dataclass, replace
 
@@ -66,6 +67,17 @@ def _ignore(text: str) -> None:
     pass
 
 
+def _complete(
+    context: click.Context, parameter: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """A guest, then a command; what follows is for the guest to know."""
+    typed = context.params.get("words") or ()
+    if not typed:
+        return complete_guest(context, parameter, incomplete)
+    commands = COMMANDS if len(typed) == 1 else ()
+    return [CompletionItem(word) for word in commands if word.startswith(incomplete)]
+
+
 @click.command(
     "vserver",
     context_settings={"allow_interspersed_args": False, "max_content_width": 80},
@@ -79,7 +91,13 @@ def _ignore(text: str) -> None:
 @click.option("--debug-sysv", is_flag=True, help="Run rc scripts of style sysv with a trace.")
 @click.option("--profile", metavar="WORD", help="PROFILE of an old-style guest.")
 @version_option
-@click.argument("words", metavar="NAME COMMAND [ARGUMENTS]...", nargs=-1, type=click.UNPROCESSED)
+@click.argument(
+    "words",
+    metavar="NAME COMMAND [ARGUMENTS]...",
+    nargs=-1,
+    type=click.UNPROCESSED,
+    shell_complete=_complete,
+)
 @click.pass_context
 def _command(context: click.Context, /, *, words: tuple[str, ...], **given: Any) -> int:
     """Start, stop and look into guests.
@@ -183,7 +201,10 @@ _PLAIN = click.Command("plain", help="Needs no options.")
 
 def _restart(request: Request) -> int:
     _parse(_PLAIN, request, "restart")
+    from vrun.config import load_spec
+
     guest, order = request.guest, replace(request.order, sync=True)
+    load_spec(guest, profile=order.profile)  # a mistake in it is found while the guest still runs
     lifecycle.stop(guest, order, request.hearer)
     lifecycle.start(guest, request.order, request.hearer)
     return 0

@@ -13,7 +13,7 @@ from vrun.commands.bulkoptions import bulk_options, jobs_option, wanted
 from vrun.commands.unifying import unify
 from vrun.commands.vserver_all import Task, code_of, perform
 from vrun.commands.vservers import EXIT_SOME
-from vstore.cli import version_option
+from vstore.cli import complete_guest, version_option
 from vstore.window import LINGER_S
 
 Arguments = tuple[str, ...]
@@ -36,7 +36,9 @@ def package_command(
     @jobs_option
     @click.option("--no-unify", is_flag=True, help="Do not unify the guests afterwards.")
     @version_option
-    @click.argument("guests", metavar="[NAME]... -- ARGUMENTS", nargs=-1)
+    @click.argument(
+        "guests", metavar="[NAME]... -- ARGUMENTS", nargs=-1, shell_complete=complete_guest
+    )
     @click.pass_obj
     def command(
         given_argv: Arguments,

@@ -13,6 +13,7 @@ from vrun.commands.plain import say, show, show_failure
 from vrun.commands.vservers import EXIT_ALL, EXIT_SOME, PROGRAM
 from vrun.errors import ToolError
 from vrun.nightly import Night
+from vstore.cli import complete_guest
 from vstore.guest import Guest
 from vstore.order import TIME_IS_UP
 from vstore.reading import BUSY
@@ -48,7 +49,7 @@ class _Duration(click.ParamType[float]):
     "-j", "--jobs", type=click.IntRange(min=1), metavar="N", help="Worker processes; all cores."
 )
 @click.option("--full-speed", is_flag=True, help="Not at the lowest priorities.")
-@click.argument("guests", metavar="[NAME]...", nargs=-1)
+@click.argument("guests", metavar="[NAME]...", nargs=-1, shell_complete=complete_guest)
 def command(
     *,
     guests: tuple[str, ...],

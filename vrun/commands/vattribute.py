@@ -8,7 +8,8 @@ import click
 from vrun import ceiling, names
 from vrun.ceiling import Ceiling
 from vrun.commands import entry
-from vrun.commands.plain import say
+from vrun.commands.entry import guest_option
+from vrun.commands.plain import say, show_failure
 from vrun.errors import NotPermitted, ToolError, WrongUsage
 from vrun.keys import Line
 from vrun.state import find_running
@@ -17,10 +18,12 @@ from vstore.cli import version_option
 from vstore.record import replace
 
 _ROW: Final = "{:<15}{}"
+_KINDS: Final = ("bcapabilities", "ccapabilities", "umask")
+"""The files in which the words stand."""
 
 
 @click.command("vattribute", context_settings=entry.WIDTH)
-@click.option("-c", "--xid", metavar="X", required=True, help="The guest: its name or number.")
+@guest_option
 @click.option("--get", "is_get", is_flag=True, help="Show what it may do.")
 @click.option("--set", "is_set", is_flag=True, help="Take away what is named with ~ in front.")
 @click.option("--bcap", multiple=True, metavar="WORD,...", help="Capabilities: ~net_raw.")
@@ -66,7 +69,27 @@ def command(
         umask=_lowered(SPACES, held.umask, umask, frozenset() if secure else None),
     )
     ceiling.write(guest.name, wanted)
+    _warn_of_others(guest.name, held, wanted)
     return 0
+
+
+def _warn_of_others(name: str, held: Ceiling, wanted: Ceiling) -> None:
+    """Say what those keep that run already, where something was taken away."""
+    kinds = zip(_KINDS, _words_of(held), _words_of(wanted), strict=True)
+    lost = {kind: sorted(before - after) for kind, before, after in kinds if before - after}
+    if lost:
+        words = " ".join(word for kept in lost.values() for word in kept)
+        show_failure(
+            f"guest {name}: its processes that run keep {words}: a stock kernel takes nothing "
+            "from them",
+            f"written with ~ to {', '.join(lost)} it holds for all of the guest when it is "
+            "started again",
+            start="vattribute",
+        )
+
+
+def _words_of(held: Ceiling) -> tuple[frozenset[str], ...]:
+    return held.capabilities, held.ccaps, held.umask
 
 
 def _lowered(
@@ -84,11 +107,7 @@ def _lowered(
 
 
 def _show(held: Ceiling) -> None:
-    for name, words in (
-        ("bcapabilities", held.capabilities),
-        ("ccapabilities", held.ccaps),
-        ("umask", held.umask),
-    ):
+    for name, words in zip(_KINDS, _words_of(held), strict=True):
         say(_ROW.format(name, ",".join(sorted(words)) or "none"))
 
 

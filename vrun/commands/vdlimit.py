@@ -12,7 +12,7 @@ from vrun.config import load_spec
 from vrun.diskquota import Quota
 from vrun.errors import NotPermitted, ToolError, WrongUsage
 from vrun.names import find
-from vstore.cli import version_option
+from vstore.cli import complete_guest, version_option
 from vstore.record import replace
 
 _TOTALS = ("space_total", "inodes_total")
@@ -23,7 +23,14 @@ _KIB = 1024
 
 
 @click.command("vdlimit", context_settings=entry.WIDTH)
-@click.option("--xid", "word", metavar="X", required=True, help="The guest, by name or number.")
+@click.option(
+    "--xid",
+    "word",
+    metavar="X",
+    required=True,
+    shell_complete=complete_guest,
+    help="The guest, by name or number.",
+)
 @click.option("-s", "--set", "wanted", metavar="KEY=VALUE", multiple=True, help="Change a limit.")
 @click.option("-d", "--remove", is_flag=True, help="Take the limits away.")
 @version_option

@@ -7,11 +7,17 @@ from vrun.commands import entry
 from vrun.commands.plain import show_failure
 from vrun.errors import ToolError, WrongUsage
 from vrun.membership import find_contexts
-from vstore.cli import version_option
+from vstore.cli import complete_guest, version_option
 
 
 @click.command("vkill", context_settings={**entry.WIDTH, "ignore_unknown_options": True})
-@click.option("-c", "--xid", metavar="X", help="The guest, by its name or its number.")
+@click.option(
+    "-c",
+    "--xid",
+    metavar="X",
+    shell_complete=complete_guest,
+    help="The guest, by its name or its number.",
+)
 @click.option("-s", "--signal", "word", metavar="SIG", default="TERM", help="TERM by default.")
 @version_option
 @click.argument("words", metavar="[PID]...", nargs=-1, type=click.UNPROCESSED)

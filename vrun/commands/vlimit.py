@@ -9,6 +9,7 @@ import click
 from vrun import heldlimits
 from vrun.cgroup import Group
 from vrun.commands import entry
+from vrun.commands.entry import guest_option
 from vrun.commands.plain import say
 from vrun.config_limits import CONTEXT_ONLY, INFINITE, parse_limit
 from vrun.errors import WrongUsage
@@ -46,7 +47,7 @@ class _Ordered(click.Command):
 
 
 @click.command("vlimit", cls=_Ordered, context_settings=entry.WIDTH)
-@click.option("-c", "--xid", metavar="X", required=True, help="The guest: its name or number.")
+@guest_option
 @click.option("-a", "--all", "everything", is_flag=True, help="Show all, with use and hits.")
 @click.option("-n", "by_number", is_flag=True, help="Show numbers for the names of resources.")
 @click.option("-d", "is_decimal", is_flag=True, help="Show decimal numbers.")

@@ -9,11 +9,16 @@ import click
 from vrun.commands import entry
 from vrun.errors import ToolError, WrongUsage
 from vrun.membership import find_contexts
-from vstore.cli import version_option
+from vstore.cli import complete_guest, version_option
 
 
 @click.command("vpstree", context_settings={**entry.WIDTH, "ignore_unknown_options": True})
-@click.option("--xid", metavar="X", help="Only the guest of that name or number.")
+@click.option(
+    "--xid",
+    metavar="X",
+    shell_complete=complete_guest,
+    help="Only the guest of that name or number.",
+)
 @version_option
 @click.argument("words", metavar="[OPTION]...", nargs=-1, type=click.UNPROCESSED)
 def command(*, xid: str | None, words: tuple[str, ...]) -> NoReturn:

@@ -6,6 +6,7 @@ import click
 
 from vrun import heldlimits
 from vrun.commands import entry
+from vrun.commands.entry import guest_option
 from vrun.commands.plain import say
 from vrun.errors import WrongUsage
 from vrun.heldlimits import Share, count_cpus, find_group
@@ -17,7 +18,7 @@ _COUNT: Final = click.IntRange(1, _MOST)
 
 
 @click.command("vsched", context_settings=entry.WIDTH)
-@click.option("-c", "--xid", metavar="X", required=True, help="The guest: its name or number.")
+@guest_option
 @click.option("--fill-rate", type=_COUNT, metavar="N", help="So many ticks of each cpu ...")
 @click.option("--interval", type=_COUNT, metavar="N", help="... in so many.")
 @click.option("--tokens-max", type=_COUNT, metavar="N", help="Ticks of 1 ms that it may save up.")

@@ -21,7 +21,7 @@ from vrun.commands.plain import show
 from vrun.commands.vservers import EXIT_ALL, EXIT_SOME, default_jobs
 from vrun.errors import ToolError
 from vrun.roster import Wanted
-from vstore.cli import version_option
+from vstore.cli import complete_guest, version_option
 from vstore.record import dataclass
 from vstore.render import show_text
 
@@ -59,7 +59,7 @@ def main() -> None:
 @click.option("--host", "on_host", is_flag=True, help="On the host: COMMAND NAME ARGUMENTS.")
 @click.option("--no-prefix", is_flag=True, help="Show nothing but what they write.")
 @version_option
-@click.argument("guests", metavar="[NAME]... -- COMMAND", nargs=-1)
+@click.argument("guests", metavar="[NAME]... -- COMMAND", nargs=-1, shell_complete=complete_guest)
 @click.pass_obj
 def command(
     argv: tuple[str, ...],

@@ -17,7 +17,7 @@ from vrun.errors import ToolError, WrongUsage
 from vrun.membership import HOST, SPECTATOR, Contexts, Member, find_contexts
 from vrun.state import FIRST_DYNAMIC, LAST_DYNAMIC
 from vrun.xids import XIDS, configured_xids
-from vstore.cli import version_option
+from vstore.cli import complete_guest, version_option
 from vstore.guest import Guest, confdir
 from vstore.record import dataclass
 from vstore.render import show_name
@@ -242,7 +242,7 @@ TAGS: Final[Mapping[str, Tag]] = {
 @click.option("-q", "--quiet", is_flag=True, help="Say it by the exit code alone.")
 @click.option("-l", "--long", "listing", is_flag=True, help="List the tags.")
 @version_option
-@click.argument("target", required=False)
+@click.argument("target", required=False, shell_complete=complete_guest)
 @click.argument("tag", required=False)
 @click.argument("argument", metavar="[ARG]", required=False)
 def command(
