@@ -8,11 +8,10 @@ import signal
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Final
+from typing import IO
 
 from vrun import syscalls
-
-_ENDING: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+from vstore.heldback import signals_held_back
 
 
 def run(
@@ -28,16 +27,14 @@ def run(
     where it cannot be executed.
     """
     ours = os.getpid()
-    # Python loses what a signal's handler raises while it forks, so none comes before that is over.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
+    with signals_held_back() as let_come:
 
-    def begin() -> None:
-        syscalls.set_parent_death_signal(signal.SIGKILL)
-        if os.getppid() != ours:
-            os._exit(1)
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        def begin() -> None:
+            syscalls.set_parent_death_signal(signal.SIGKILL)
+            if os.getppid() != ours:
+                os._exit(1)
+            let_come()
 
-    try:
         process = subprocess.Popen(  # noqa: S603 - the administrator's own, or one named by us
             command,
             env=environment,
@@ -47,14 +44,11 @@ def run(
             stderr=stderr,
             preexec_fn=begin,
         )
-    except BaseException:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        raise
-    with process:
-        try:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-            output, errors = process.communicate()
-        except BaseException:
-            process.kill()
-            raise
+        with process:
+            try:
+                let_come()
+                output, errors = process.communicate()
+            except BaseException:
+                process.kill()
+                raise
     return subprocess.CompletedProcess(command, process.returncode, output, errors)
