@@ -38,7 +38,7 @@ _MAIN: Final = (
     "from tests.fixtures.assault import main; main()"
 )
 _JUMPERS: Final = ("swap", "swap", *["open_slowly"] * 4)
-_LONGEST_S: Final = 120
+_LONGEST_S: Final = 400
 _ATTACK: Final = re.compile(r"attack: process (\d+) \(.*\) tried to open .*; killed")
 
 
