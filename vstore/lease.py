@@ -68,7 +68,10 @@ def break_time_s() -> int:
 
 def is_being_broken(fd: int) -> bool:
     """Whether a lease on the inode behind `fd` has been asked for: no other is granted then."""
-    wanted = f":{os.fstat(fd).st_ino}"
+    status = os.fstat(fd)
+    major, minor = os.major(status.st_dev), os.minor(status.st_dev)
+    place = f"{major:02x}:{minor:02x}" if major else ""  # that of btrfs is not the one of stat(2)
+    wanted = f"{place}:{status.st_ino}"
     lines = [line.split() for line in _LOCKS.read_text().splitlines() if " BREAKING " in line]
     return any("->" not in fields and fields[-3].endswith(wanted) for fields in lines)
 
