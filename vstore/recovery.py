@@ -61,12 +61,11 @@ def settle_stage(
     """
     settling = _Settling(pool, stage_fd)
     settling.freeze_leased(leased)
-    with settling.step("the stage cannot be read"):
-        settling.read_stage()
-        with _opened(pool, windows) as opened:
-            settling.settle_objects(opened)
-            settling.remove_spares(opened)
-            settling.let_linger(opened)
+    with settling.step("the stage cannot be read"), _opened(pool, windows) as opened:
+        settling.read_stage(opened)
+        settling.settle_objects(opened)
+        settling.remove_spares(opened)
+        settling.let_linger(opened)
     settling.thaw_guests()
     if settling.is_complete:
         with settling.step("the stage cannot be emptied"):
@@ -178,8 +177,10 @@ class _Settling:
             log.error("a shared file's window cannot be closed: %s; its lease is kept", error)
         return True
 
-    def read_stage(self) -> None:
+    def read_stage(self, windows: Windows) -> None:
         for name in _list_folder(self.stage_fd):
+            if windows.is_live(os.fsencode(name)):
+                continue
             if name.startswith(CGROUP_INTENT.decode()):
                 self._cgroups.append(os.readlink(name, dir_fd=self.stage_fd))
                 self.intents.append(name)

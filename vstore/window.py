@@ -22,7 +22,7 @@ import struct
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Final
 
 from vstore import freezer, inode, lease
@@ -98,7 +98,7 @@ class Windows:
         self._longest_linger_s = _find_longest_linger()
         self._linger_s = 0.0
         self._most_lingering = find_linger_limit()
-        self._lingering: deque[tuple[float, bytes, list[int]]] = deque()
+        self._lingering: deque[tuple[float, bytes, list[int], list[bytes]]] = deque()
         self._lingering_fds = 0
         self._unsettled: set[int] = set()  # thawed, or frozen while somebody still waits
         self._kept: set[int] = set()  # of them those whose batch is over
@@ -106,6 +106,7 @@ class Windows:
         self.has_doubts = False
         """Whether intents were left for recovery; who has them settled says False."""
         self._is_holding = False
+        self._live: set[bytes] = set()  # intents of leases that linger
         self._over: list[bytes] = []  # intents that are removed when guests run again
         self._count = 0
         self._token = os.urandom(4).hex().encode()
@@ -116,10 +117,10 @@ class Windows:
         """Lock and lease the inodes behind `fds` (each once), and note that they may be thawed.
 
         Yields the descriptors whose lease was refused: these inodes are open for writing and must
-        be left alone. Afterwards the leases are given up, at once or after lingering, and the
-        descriptors closed. Where an inode could not be frozen again, or somebody who waits to write
-        to it not be turned away, its lease is kept and the intent stays for recovery. Raises
-        PoolBusy, NoSpace, OSError.
+        be left alone. Afterwards the leases are given up, at once or after lingering, the intent
+        with them, and the descriptors closed. Where an inode could not be frozen again, or somebody
+        who waits to write to it not be turned away, its lease is kept and the intent stays for
+        recovery. Raises PoolBusy, NoSpace, OSError.
         """
         self.make_room()
         self._linger_s = self._find_linger_s()
@@ -136,13 +137,7 @@ class Windows:
                 self._tell(b"+" + key, leased)
                 yield refused
             finally:
-                kept = self._let_go(key, leased)
-                if self._is_doubtful:
-                    self.has_doubts = True
-                elif self._is_holding:
-                    self._over += intents
-                else:
-                    self._unlink(intents)
+                kept = self._let_go(key, leased, intents)
         finally:
             self._locks.drop()
             closing = [fd for fd in fds if fd not in kept]
@@ -211,10 +206,12 @@ class Windows:
         """
         key = self._next_key()
         self._linger_s = self._find_linger_s()
+        intents: list[bytes] = []
         try:
+            intents = self._note_intents(key, sorted([os.fstat(fd).st_ino for fd in fds]))
             self._tell(b"+" + key, fds)
         finally:
-            kept = self._let_go(key, list(fds))
+            kept = self._let_go(key, list(fds), intents)
             for fd in fds:
                 if fd not in kept:
                     os.close(fd)
@@ -294,27 +291,30 @@ class Windows:
 
     def _expire(self, now: float) -> None:
         while self._lingering and self._lingering[0][0] <= now:
-            _, key, fds = self._lingering.popleft()
+            _, key, fds, intents = self._lingering.popleft()
             self._lingering_fds -= len(fds)
-            numbers = [os.fstat(fd).st_ino for fd in fds]
             self._is_doubtful = False
             kept = self._release(key, fds)
             for fd in fds:
                 if fd not in kept:
                     os.close(fd)
-            if self._is_doubtful:
-                self.has_doubts = True
-                with suppress(OSError, ToolError):
-                    self._note_intents(b"late-" + key, numbers)
+            self._live.difference_update(intents)
+            self._end_intents(intents)
 
-    def _let_go(self, key: bytes, fds: list[int]) -> set[int]:
+    def _let_go(self, key: bytes, fds: list[int], intents: list[bytes]) -> set[int]:
         """End a batch; returns the descriptors that must stay open."""
         linger_s = self._linger_s or self._find_linger_s()  # a guest may have been started
         if not linger_s:
-            return self._release(key, fds)
+            kept = self._release(key, fds)
+            self._end_intents(intents)
+            return kept
         for fd in self._unsettled.intersection(fds):
             self._is_doubtful |= not self._settle(fd)
-        self._lingering.append((time.monotonic() + linger_s, key, fds))
+        if self._is_doubtful:
+            self._end_intents(intents)
+            intents = []
+        self._live.update(intents)
+        self._lingering.append((time.monotonic() + linger_s, key, fds, intents))
         self._lingering_fds += len(fds)
         return set(fds)
 
@@ -361,6 +361,19 @@ class Windows:
         return True
 
     # --- notes for those who come after us
+
+    def is_live(self, intent: bytes) -> bool:
+        """Whether that is one of ours, of a window that is over and in which nothing is amiss."""
+        return intent in self._live
+
+    def _end_intents(self, names: list[bytes]) -> None:
+        """The leases of a batch are given up; what is doubtful is left to recovery."""
+        if self._is_doubtful:
+            self.has_doubts = True
+        elif self._is_holding:
+            self._over += names
+        else:
+            self._unlink(names)
 
     def _note_intents(self, key: bytes, numbers: Sequence[int]) -> list[bytes]:
         return self._symlink(

@@ -159,7 +159,7 @@ def test_a_guest_without_limits_gets_them_where_it_has_control_groups(
         assert rss[2 if "-S" in options else 3] == "16384"
     elif controller == "pids":
         assert nproc[3] == "30"
-        script = "for n in $(seq 40); do sleep 0.2 & done; wait"
+        script = "for n in $(seq 40); do sleep 20 & done; wait"
         assert "can't fork" in host.try_vserver("free", "exec", "sh", "-c", script).stderr
     else:
         starts = "no limit on " if "--no-limit" in options else "50.0% of each of "

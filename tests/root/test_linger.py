@@ -4,6 +4,7 @@ import os
 import subprocess
 from array import array
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from time import monotonic, sleep
 
 import pytest
@@ -26,6 +27,7 @@ from vstore.hand import Hand
 from vstore.plan import Rules
 from vstore.pool import InodeNumbers
 from vstore.reading import READ, key_of
+from vstore.recovery import settle_stage
 from vstore.scan import Tree
 
 pytestmark = need("immutable", "lease")
@@ -51,6 +53,24 @@ def test_a_lease_lingers_for_those_who_come_late(shared: Shared) -> None:
         windows.close()
         assert monotonic() - began >= 0.3
         assert leases_on(shared.object) == 0
+
+
+@_one
+def test_the_note_of_a_window_stays_as_long_as_its_lease(shared: Shared) -> None:
+    """Whoever is late for a lease gets through when holder and keeper are killed: then somebody is
+    to look at the object.
+    """
+    with own_windows(shared.pool, linger_s=0.3) as (windows, _, stage_fd):
+        folder = Path(f"/proc/self/fd/{stage_fd}").resolve()
+        fd = shared.open()
+        with windows.guard([fd]), windows.thawed(fd):
+            pass
+        (intent,) = folder.iterdir()
+        assert str(intent.readlink()) == str(shared.number)
+        assert settle_stage(shared.pool, stage_fd, windows=windows)
+        assert list(folder.iterdir()) == [intent]
+        windows.close()
+        assert not list(folder.iterdir())
 
 
 @_one
@@ -149,7 +169,7 @@ def test_the_queue_of_lingering_leases_is_bounded_and_never_cut_short(
                     assert not refused
                     began[turn] = monotonic()
                 keeper.drain()
-                held = sum(len(group) for _, _, group in windows._lingering)
+                held = sum(len(group) for _, _, group, _ in windows._lingering)
                 assert held <= window.find_linger_limit() + len(paths)
             windows.close()
             # Six batches of 150 are more than the queue takes at a time, so the last ones waited.
