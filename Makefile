@@ -25,7 +25,7 @@ demo:
 test:
 	@$(SETUP) test
 	@$(MAKE) --no-print-directory lint
-	$(PYTEST) -n 2 --dist loadfile tests/unit tests/root tests/e2e
+	$(PYTEST) -n 3 --dist loadfile tests/unit tests/root tests/e2e
 
 lint:
 	@$(SETUP) lint
