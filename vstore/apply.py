@@ -387,11 +387,14 @@ class Linker:
             if not inode.is_immutable(item.fd):
                 self._windows.freeze(item.fd)
             return True
-        if is_put_right(self._windows, item.name, item.fd):
-            return True
-        with self._windows.thawed(item.fd):
-            reason = "its content or metadata are not what its name says"
+        reason = "its content or metadata are not what its name says"
+        if not inode.is_immutable(item.fd):  # the host's root has lifted the flag to change it
             self._pool.quarantine(item.name, reason)
+        elif is_put_right(self._windows, item.name, item.fd):
+            return True
+        else:
+            with self._windows.thawed(item.fd):
+                self._pool.quarantine(item.name, reason)
         self._answer(item.slot.members, RETRY)
         return False
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 import pytest
 
@@ -17,10 +18,11 @@ from tests.fixtures.probes import is_soak, need, on
 from tests.fixtures.windows import CONTENT, Shared, shared_file
 from vrun.cow import keeping, supervisor
 from vrun.cow.notifications import Listener
+from vrun.cow.supervisor import Supervisor
 
 pytestmark = [need("immutable", "lease"), on("ext4", "xfs")]
 
-_STRIDE = 1 if is_soak() else 27
+_STRIDE = 1 if is_soak() else 7
 _MOST_STEPS = 400
 
 
@@ -55,6 +57,8 @@ def _die_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]
             def note() -> None:
                 memory[:] = (steps - left[0]).to_bytes(4, "little")
 
+            serve = _prepared(Supervisor.serve)
+            Supervisor.serve = serve  # type: ignore[method-assign,assignment]
             Listener.receive = received  # type: ignore[method-assign,assignment] # this process ends
             for name in ("answer", "go_on"):
                 setattr(Listener, name, _followed_by(note, getattr(Listener, name)))
@@ -63,6 +67,16 @@ def _die_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]
 
     monkeypatch.setattr(keeping, "be_supervisor", be)
     return lambda: int.from_bytes(memory[:], "little")
+
+
+def _prepared(serve: Callable[[Supervisor], NoReturn]) -> Callable[[Supervisor], NoReturn]:
+    """It knows the pool's objects, as after a quiet moment: the steps are those of the call."""
+
+    def serve_prepared(self: Supervisor) -> NoReturn:
+        self._prepare()
+        serve(self)
+
+    return serve_prepared
 
 
 def _followed_by(act: Callable[[], None], function: Callable[..., None]) -> Callable[..., None]:
