@@ -25,7 +25,7 @@ demo:
 test:
 	@$(SETUP) test
 	@$(MAKE) --no-print-directory lint
-	$(PYTEST) -n 3 --dist loadfile tests/unit tests/root tests/e2e
+	$(PYTEST) -n 3 --dist loadfile --no-loadscope-reorder tests/e2e tests/root tests/unit
 
 lint:
 	@$(SETUP) lint
