@@ -10,7 +10,7 @@ PYTEST := $(BIN)/python -m pytest
 
 help:
 	@echo "make demo          ten real guests, unified: what it saves; one booted and upgraded"
-	@echo "make test          lint, then every test (root; some 12 minutes)"
+	@echo "make test          lint, then every test (root; some 10 minutes)"
 	@echo "make lint          ruff, mypy, lint-imports"
 	@echo "make bench         python -m bench unify, against jdupes, hardlink and rdfind"
 	@echo "make soak          the long forms of the tests"
