@@ -5,6 +5,7 @@ Its text is a stranger's: nothing of it moves the cursor, and each line says who
 
 import getpass
 import itertools
+import signal
 import termios
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -30,15 +31,39 @@ def put(place: str, said: Sequence[str], questions: Sequence[tuple[str, bool]]) 
     return answers
 
 
+def ask_secret(question: str) -> str:
+    """What the person types without its being shown. Raises OSError, EOFError as `put`."""
+    with terminal_kept():
+        return getpass.getpass(question)
+
+
 @contextmanager
 def terminal_kept() -> Iterator[None]:
-    """The terminal is at the end as it was before, though who asks may be in another thread."""
-    with _TERMINAL.open("rb", buffering=0) as terminal:
+    """The terminal is at the end as it was before, though who asks may be in another thread, and
+    this process be ended by its parent, who has heard the person's interrupt too.
+    """
+    try:
+        opened = _TERMINAL.open("rb", buffering=0)
+    except OSError:  # none is there to be kept
+        yield
+        return
+    with opened as terminal:
         before = termios.tcgetattr(terminal)
+
+        def put_back() -> None:
+            termios.tcsetattr(terminal, termios.TCSADRAIN, before)
+
+        def end(number: int, _: object) -> None:
+            put_back()
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+
+        ends = signal.signal(signal.SIGTERM, end)
         try:
             yield
         finally:
-            termios.tcsetattr(terminal, termios.TCSADRAIN, before)
+            put_back()
+            signal.signal(signal.SIGTERM, ends)
 
 
 def _show(place: str, texts: Sequence[str]) -> None:

@@ -297,7 +297,7 @@ class _Connector:
                     lambda title, text, asked: questions.put(place, (title, text), asked),
                 )
         if not transport.is_authenticated() and ("password" in allowed or not allowed):
-            secret = getpass.getpass(f"{self._user}@{self._host}'s password: ")
+            secret = questions.ask_secret(f"{self._user}@{self._host}'s password: ")
             transport.auth_password(self._user, secret, fallback=False)
 
     def _keys(self) -> Iterator[paramiko.PKey]:
@@ -330,7 +330,7 @@ class _Connector:
                 return None
             if not self._access.may_ask or not sys.stdin.isatty():
                 return None
-            secret = getpass.getpass(f"Passphrase of {path}: ")
+            secret = questions.ask_secret(f"Passphrase of {path}: ")
         return None
 
 
