@@ -38,6 +38,7 @@ from vrun.relay import Relay
 from vrun.state import load_resources
 from vrun.users import User
 from vstore.guest import COPY_ON_WRITE, RunState, load_state, rundir
+from vstore.heldback import signals_held_back
 
 EXIT_SIGNAL: Final = 128
 
@@ -423,7 +424,7 @@ def _run(target: Target, user: User, argv: tuple[str, ...]) -> int:
         stack.callback(os.close, failure_fd)
         stack.callback(os.close, report_fd)
         joiner = Joiner(target, user, argv, _environment(user), relay.inner, tell_report_fd)
-        with _signals_held_back():
+        with signals_held_back():
             pid = os.fork()
             if pid == 0:
                 joiner.become(tell_failure_fd)
@@ -449,16 +450,6 @@ def _attend(target: Target, command: _Command, relay: Relay, shown: str) -> int:
     except OSError as error:
         kind = CommandNotFound if error.errno == errno.ENOENT else CannotExecute
         raise kind(f"guest {target.name}: cannot execute {shown}: {error.strerror}") from error
-
-
-@contextmanager
-def _signals_held_back() -> Iterator[None]:
-    """Signals wait while the command's process is made and their handlers are set."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (*_FORWARDED, *_OF_TERMINALS))
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _fill_standard() -> None:

@@ -10,6 +10,7 @@ from types import FrameType
 from typing import Final, NoReturn
 
 from vrun.errors import ToolError
+from vstore.heldback import signals_held_back
 
 EXIT_FAILED: Final = 125
 """We could not make what the command was to run in."""
@@ -99,15 +100,12 @@ def run(
 
 def start(fork: Callable[[], int], child: Callable[[], NoReturn], stack: ExitStack) -> int:
     """Fork a child that does `child`; its pid. It gets our signals while `stack` is open."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)
-    try:
+    with signals_held_back() as let_come:
         pid = fork()
         if pid == 0:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            let_come()
             child()
         stack.enter_context(signals_passed(lambda number: os.kill(pid, number)))
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return pid
 
 

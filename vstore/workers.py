@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Protocol, TypeVar, runtime_checkable
 
 from vstore.errors import ToolError
+from vstore.heldback import signals_held_back
 from vstore.keeper import Keeper
 
 log = logging.getLogger(__name__)
@@ -255,23 +256,18 @@ class Crew:
                 end.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, _BUFFER)
         keeper = Keeper()
         gc.freeze()
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, _IGNORED)
-        try:
+        with signals_held_back() as let_come:
             pid = os.fork()
-        except OSError:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-            raise
-        if pid == 0:
-            for number_of_signal in _IGNORED:
-                signal.signal(number_of_signal, signal.SIG_IGN)
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-            ours.close()
-            keeper.close()
-            for sibling in self._workers:
-                sibling.channel.close()
-                sibling.keeper.close()
-            _be_worker(theirs, number, keeper.holder_socket, start)
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            if pid == 0:
+                for number_of_signal in _IGNORED:
+                    signal.signal(number_of_signal, signal.SIG_IGN)
+                let_come()
+                ours.close()
+                keeper.close()
+                for sibling in self._workers:
+                    sibling.channel.close()
+                    sibling.keeper.close()
+                _be_worker(theirs, number, keeper.holder_socket, start)
         theirs.close()
         keeper.holder_socket.close()
         return Worker(number, pid, ours, keeper)

@@ -14,15 +14,20 @@ import pytest
 
 from tests.conftest import Tool
 from tests.fixtures import guests
-from tests.fixtures.filesystems import is_immutable, thaw_below
+from tests.fixtures.filesystems import thaw_below
 from tests.fixtures.probes import need
+from tests.fixtures.simultaneous import (
+    CONF,
+    FILE,
+    NAMES,
+    file_of,
+    install_first,
+    install_second,
+)
 from tests.fixtures.vservers import SLEEPER, Host, host_for_guests
 
 pytestmark = [need("root", "immutable", "lease", "rpm", "soak"), pytest.mark.timeout(600)]
 
-_NAMES: Final = ("one", "two", "three")
-_FILE: Final = "usr/share/vtest/data"
-_CONF: Final = "etc/vtest.conf"
 _BASE: Final = """\
 Name: vtest-base
 Version: 1
@@ -64,13 +69,13 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tool: Tool) -> Iterato
         master = guests.unpack(guests.RPM, tmp_path / "master")
         packages = [build(master, "base", _BASE)]
         for version in ("1", "2"):
-            spec = _SPEC.format(version=version, file=_FILE, conf=_CONF)
+            spec = _SPEC.format(version=version, file=FILE, conf=CONF)
             packages.append(build(master, f"vtest-{version}", spec))
         for package in packages:
             shutil.copy(package, master / "srv")
         rpm(master, "--initdb")
         rpm(master, "--install", f"/srv/{packages[0].name}")
-        for name in _NAMES:
+        for name in NAMES:
             root = host.etc.vdirbase / name
             subprocess.run(["cp", "-a", master, root], check=True)
             host.add(name, root, SLEEPER)
@@ -103,44 +108,17 @@ def inside(root: Path, *argv: str) -> str:
     return done.stdout
 
 
-def file_of(host: Host, name: str, path: str = _FILE) -> Path:
-    return host.etc.vdirbase / name / path
-
-
 def test_all_guests_get_a_package_at_once_and_share_it(host: Host, tool: Tool) -> None:
-    for name in _NAMES:
-        host.vserver(name, "start")
-    done = tool("vrpm", "--running", "--", "-Uv", "/srv/vtest-1-1.noarch.rpm", timeout_s=300)
-    assert done.returncode == 0, (done.stdout, done.stderr)
-    for name in _NAMES:
-        assert f"{name}: vtest-1-1.noarch" in done.stdout.splitlines()
-        assert file_of(host, name).samefile(file_of(host, "one"))
-    assert is_immutable(file_of(host, "one"))
-    assert "vrpm: 3 guests: 3 done" in done.stderr.splitlines()
-    assert done.stdout.splitlines()[-1].startswith("3 guests unified in ")
-    # The next version: one has changed its configuration, one cannot be upgraded, one is off.
-    file_of(host, "one", _CONF).unlink()
-    file_of(host, "one", _CONF).write_text("# of mine\n")
-    file_of(host, "two", "srv/fail").touch()
-    host.vserver("three", "stop")
-    words = ("--all", "--no-unify", "--", "-U", "/srv/vtest-2-1.noarch.rpm")
-    done = tool("vrpm", *words, timeout_s=300)
-    assert done.returncode == 2, (done.stdout, done.stderr)
-    assert file_of(host, "one", _CONF).read_text() == "# of mine\n"
-    assert file_of(host, "one").read_text().startswith("version 2\n")
+    first, second = (f"/srv/vtest-{version}-1.noarch.rpm" for version in (1, 2))
+    install_first(host, tool, "vrpm", "-Uv", first, said="vtest-1-1.noarch")
+    install_second(host, tool, "vrpm", "-U", second, code=1)
     assert file_of(host, "two").read_text().startswith("version 1\n")
-    assert file_of(host, "three").read_text().startswith("version 1\n")
-    assert "vrpm: guest two: ended with status 1" in done.stderr.splitlines()
-    assert "three: does not run" in done.stderr.splitlines()
-    summary = done.stderr.splitlines()[-1]
-    assert summary == "vrpm: 3 guests: 1 done, 2 failed: three (1), two (1)"
-    assert "unified" not in done.stdout
     # Each guest's own database says what it has; an rpm that only asks is followed by no unify.
     done = tool("vrpm", "--running", "--", "-q", "vtest")
     shown = sorted(done.stdout.splitlines())
     assert shown == ["one: vtest-2-1.noarch", "two: vtest-1-1.noarch"]
     host.stop_all()
-    for name, version in zip(_NAMES, (2, 1, 1), strict=True):
+    for name, version in zip(NAMES, (2, 1, 1), strict=True):
         assert rpm(host.etc.vdirbase / name, "-q", "vtest") == f"vtest-{version}-1.noarch\n"
     assert rpm(host.etc.vdirbase / "two", "--verify", "vtest") == ""
     assert tool("vpool", "verify").returncode == 0

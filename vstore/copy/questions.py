@@ -8,7 +8,7 @@ import itertools
 import signal
 import termios
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -51,7 +51,8 @@ def terminal_kept() -> Iterator[None]:
         before = termios.tcgetattr(terminal)
 
         def put_back() -> None:
-            termios.tcsetattr(terminal, termios.TCSADRAIN, before)
+            with suppress(termios.error):  # it has been hung up
+                termios.tcsetattr(terminal, termios.TCSADRAIN, before)
 
         def end(number: int, _: object) -> None:
             put_back()
