@@ -8,6 +8,7 @@ import fcntl
 import os
 import struct
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Final
 
 from vstore import syscalls
@@ -39,6 +40,7 @@ FS_NOCOW_FL: Final = 0x800000
 FS_DAX_FL: Final = 0x2000000
 FS_PROJINHERIT_FL: Final = 0x20000000
 
+_ACLS: Final = ("system.posix_acl_access", "system.posix_acl_default")
 _ACLS_OF_XFS: Final = (b"trusted.SGI_ACL_FILE", b"trusted.SGI_ACL_DEFAULT")
 
 CHOSEN_FLAGS: Final = (
@@ -192,6 +194,15 @@ def store_xattrs(fd: int, wanted: Mapping[bytes, bytes]) -> None:
     for name, value in wanted.items():
         if present.get(name) != value:
             _xattr.set(fd, name, value)
+
+
+def remove_acls(fd: int) -> None:
+    """Take the POSIX ACLs from the inode behind `fd`, where it has any: a folder gives its default
+    one to all that is made in it.
+    """
+    for name in _ACLS:
+        with suppress(OSError):
+            os.removexattr(fd, name)
 
 
 def copy_ownership(source: os.stat_result, xattrs: Mapping[bytes, bytes], target_fd: int) -> None:

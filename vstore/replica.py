@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from vstore import entries, inode
-from vstore.descent import Barred, Descent, Entered, Left
+from vstore.counterpart import Counterpart
+from vstore.descent import Barred, Descent, Entered
 from vstore.errors import NoSpace
 from vstore.exclude import Excludes
 from vstore.pool import InodeNumbers, Pool
@@ -22,7 +23,6 @@ from vstore.window import Windows
 _OBJECTS_A_BATCH: Final = 150
 _ENTRIES_AN_ANSWER: Final = 500
 _PROC_FDS: Final = "/proc/self/fd"
-_ACLS: Final = ("system.posix_acl_access", "system.posix_acl_default")
 _NO_ROOM: Final = frozenset((errno.ENOSPC, errno.EDQUOT))
 
 SOCKET: Final = "socket"
@@ -56,15 +56,12 @@ class Replicator:
     ) -> None:
         os.umask(0)
         self._excludes = excludes
-        self._passed_over = 0  # how deep we are in a folder that is excluded
         self._windows = windows
         self._stage_fd = stage_fd
         self._pool_ino = os.fstat(pool.fd).st_ino
         self._objects = objects
         self._proc_fd = os.open(_PROC_FDS, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self._run: Iterator[Answer] | None = None
-        self._fd = -1  # the folder of the target where we are
-        self._above: list[tuple[os.stat_result, dict[bytes, bytes]]] = []
         self._batch: dict[int, _Shared] = {}
         self._folders: list[int] = []
         self._forget()
@@ -89,33 +86,29 @@ class Replicator:
     # --- the walk
 
     def _replicate(self, source_fd: int, target_fd: int) -> Iterator[Answer]:
-        self._fd = os.dup(target_fd)
-        descent = Descent(source_fd, barred_ino=self._pool_ino)
-        for step in descent.steps():
-            if isinstance(step, Entered):
-                yield from self._enter(step, descent)
-            elif isinstance(step, Barred):
-                self._note_barred(step, descent.path(step.name))
-            else:
-                self._leave(step)
-        self._link_batch()
+        self._target = Counterpart(os.dup(target_fd))
+        try:
+            descent = Descent(source_fd, barred_ino=self._pool_ino)
+            for step in descent.steps():
+                if isinstance(step, Entered):
+                    yield from self._enter(step, descent)
+                elif isinstance(step, Barred):
+                    self._note_barred(step, descent.path(step.name))
+                else:
+                    self._target.leave(step)
+            self._link_batch()
+        finally:
+            self._target.close()
         self._errors += descent.errors
         self._drop_groups()
         yield self._answer()
 
     def _enter(self, step: Entered, descent: Descent) -> Iterator[Answer]:
-        if self._passed_over or (step.name and self._is_excluded(descent.path())):
-            self._passed_over += 1
+        target = self._target
+        if target.is_left_out or (step.name and self._is_excluded(descent.path())):
+            target.leave_out()
             return
-        if step.name:
-            os.mkdir(step.name, 0o700, dir_fd=self._fd)
-            fd = os.open(step.name, inode.OPEN_FOLDER, dir_fd=self._fd)
-            os.close(self._fd)
-            self._fd = fd
-        for name in _ACLS:  # a default ACL above would reach all that is made in here
-            with suppress(OSError):
-                os.removexattr(self._fd, name)
-        self._above.append((step.status, inode.load_xattrs(step.fd)))
+        target.enter(step)
         self._counts["folders"] += 1
         own_fd = -1  # this folder of the target, for the batch
         for entry in step.entries:
@@ -124,7 +117,7 @@ class Replicator:
                 continue
             if entry.inode() in self._objects:
                 if own_fd < 0:
-                    own_fd = os.dup(self._fd)
+                    own_fd = os.dup(self._target.fd)
                     self._folders.append(own_fd)
                 self._gather(step.fd, own_fd, path)
             else:
@@ -141,27 +134,18 @@ class Replicator:
         self._skip(EXCLUDED)
         return True
 
-    def _leave(self, step: Left) -> None:
-        if self._passed_over:
-            self._passed_over -= 1
-            return
-        status, xattrs = self._above.pop()
-        inode.copy_ownership(status, xattrs, self._fd)
-        if step.fd >= 0:
-            fd = os.open("..", inode.OPEN_FOLDER, dir_fd=self._fd)
-            os.close(self._fd)
-            self._fd = fd
-
     def _note_barred(self, step: Barred, path: bytes) -> None:
-        if self._passed_over or self._is_excluded(path):
+        if self._target.is_left_out or self._is_excluded(path):
             return
         if step.error.errno != errno.EXDEV:
             self._note_error(path, step.error)
             return
         self._skip(OTHER_MOUNT)
         status = os.stat(step.name, dir_fd=step.fd, follow_symlinks=False)
-        os.mkdir(step.name, stat.S_IMODE(status.st_mode), dir_fd=self._fd)
-        os.chown(step.name, status.st_uid, status.st_gid, dir_fd=self._fd, follow_symlinks=False)
+        os.mkdir(step.name, stat.S_IMODE(status.st_mode), dir_fd=self._target.fd)
+        os.chown(
+            step.name, status.st_uid, status.st_gid, dir_fd=self._target.fd, follow_symlinks=False
+        )
 
     def _skip(self, reason: str) -> None:
         self._skipped[reason] = self._skipped.get(reason, 0) + 1
@@ -240,23 +224,23 @@ class Replicator:
 
     def _link_to_group(self, name: bytes, status: os.stat_result) -> bool:
         """Make the name one of those of an inode that was copied already; False for a new one."""
-        group = f"group-{status.st_ino}"
+        group, target_fd = f"group-{status.st_ino}", self._target.fd
         try:
             os.link(
-                group, name, src_dir_fd=self._stage_fd, dst_dir_fd=self._fd, follow_symlinks=False
+                group, name, src_dir_fd=self._stage_fd, dst_dir_fd=target_fd, follow_symlinks=False
             )
         except FileNotFoundError:
             return False
         except OSError as error:
             if error.errno != errno.EMLINK:
                 raise
-            os.rename(group, name, src_dir_fd=self._stage_fd, dst_dir_fd=self._fd)
+            os.rename(group, name, src_dir_fd=self._stage_fd, dst_dir_fd=target_fd)
         self._counts["copied"] += 1
         return True
 
     def _begin_group(self, name: bytes, status: os.stat_result) -> None:
-        group = f"group-{status.st_ino}"
-        os.link(name, group, src_dir_fd=self._fd, dst_dir_fd=self._stage_fd, follow_symlinks=False)
+        group, target_fd = f"group-{status.st_ino}", self._target.fd
+        os.link(name, group, src_dir_fd=target_fd, dst_dir_fd=self._stage_fd, follow_symlinks=False)
 
     def _drop_groups(self) -> None:
         # btrfs lists what was in a folder when it was opened, and the stage was empty then.
@@ -272,11 +256,11 @@ class Replicator:
         if stat.S_ISREG(status.st_mode):
             fd = os.open(name, inode.OPEN_TO_READ, dir_fd=folder_fd)
             try:
-                self._copy_data(fd, self._fd, name)
+                self._copy_data(fd, self._target.fd, name)
             finally:
                 os.close(fd)
             return
-        entries.copy_other(folder_fd, self._fd, name, status)
+        entries.copy_other(folder_fd, self._target.fd, name, status)
         self._counts["copied"] += 1
 
     def _copy_data(self, source_fd: int, target_fd: int, name: bytes) -> None:

@@ -16,7 +16,8 @@ from typing import Final
 from vrun.errors import NoSpace, ToolError
 from vrun.unfinished import SPARE
 from vstore import entries, inode
-from vstore.descent import Barred, Descent, Entered, Left
+from vstore.counterpart import Counterpart
+from vstore.descent import Barred, Descent, Entered
 from vstore.progress import SILENT, Progress
 from vstore.scan import open_below
 
@@ -24,7 +25,6 @@ Choice = Callable[[bytes, os.stat_result], bool]
 """Whether the entry at this path below the source's root is copied; of a folder, with all in it."""
 
 _NO_ROOM: Final = frozenset((errno.ENOSPC, errno.EDQUOT))
-_ACLS: Final = ("system.posix_acl_access", "system.posix_acl_default")
 
 
 class Copier:
@@ -43,9 +43,6 @@ class Copier:
         self._spare = f"{SPARE}{secrets.token_hex(8)}"
         os.mkdir(self._spare, 0o700, dir_fd=target_fd)
         self._spare_fd = os.open(self._spare, inode.OPEN_FOLDER, dir_fd=target_fd)
-        self._fd = -1  # the folder of the target where we are
-        self._above: list[tuple[os.stat_result, dict[bytes, bytes]]] = []
-        self._passed_over = 0  # how deep we are in a folder that was not chosen
         self.files = 0
         self.size = 0
         self.errors: list[tuple[bytes, str]] = []
@@ -75,19 +72,19 @@ class Copier:
         `barred` is the inode number of a folder that is not entered: the target's own, for example.
         Mount points become empty folders. What cannot be read is noted in `errors`. Raises NoSpace.
         """
-        self._fd = self._enter_top(below)
+        target = Counterpart(self._enter_top(below))
         try:
             descent = Descent(source_fd, barred_ino=barred)
             for step in descent.steps():
                 if isinstance(step, Entered):
-                    self._visit(step, descent, below, choose)
+                    self._visit(target, step, descent, below, choose)
                 elif isinstance(step, Barred):
-                    self._note_barred(step, _join(below, descent.path(step.name)))
+                    self._note_barred(target, step, _join(below, descent.path(step.name)))
                 else:
-                    self._leave(step)
+                    target.leave(step)
             self.errors += [(_join(below, path), reason) for path, reason in descent.errors]
         finally:
-            os.close(self._fd)
+            target.close()
 
     def copy_entry(self, source_fd: int, target_fd: int, name: bytes, path: bytes) -> None:
         """Copy one entry that is no folder from one folder to another. `path` is for messages."""
@@ -120,54 +117,38 @@ class Copier:
         finally:
             os.close(above_fd)
 
-    def _visit(self, step: Entered, descent: Descent, below: bytes, choose: Choice | None) -> None:
+    def _visit(
+        self,
+        target: Counterpart,
+        step: Entered,
+        descent: Descent,
+        below: bytes,
+        choose: Choice | None,
+    ) -> None:
         here = _join(below, descent.path())
-        if self._passed_over or (step.name and choose and not choose(here, step.status)):
-            self._passed_over += 1
+        if target.is_left_out or (step.name and choose and not choose(here, step.status)):
+            target.leave_out()
             return
-        if step.name:
-            self._go_down(step.name)
-        for acl in _ACLS:  # a default ACL above would reach all that is made in here
-            with suppress(OSError):
-                os.removexattr(self._fd, acl)
-        self._above.append((step.status, inode.load_xattrs(step.fd)))
+        target.enter(step, may_exist=True)
         for entry in step.entries:
             path = _join(here, os.fsencode(entry.name))
             try:
                 status = entry.stat(follow_symlinks=False)
                 if choose is None or choose(path, status):
-                    self._make(step.fd, self._fd, os.fsencode(entry.name), status)
+                    self._make(step.fd, target.fd, os.fsencode(entry.name), status)
             except OSError as error:
                 self._note(path, error)
 
-    def _go_down(self, name: bytes) -> None:
-        with suppress(FileExistsError):
-            os.mkdir(name, 0o700, dir_fd=self._fd)
-        fd = os.open(name, inode.OPEN_FOLDER, dir_fd=self._fd)
-        os.close(self._fd)
-        self._fd = fd
-
-    def _leave(self, step: Left) -> None:
-        if self._passed_over:
-            self._passed_over -= 1
-            return
-        status, xattrs = self._above.pop()
-        inode.copy_ownership(status, xattrs, self._fd)
-        if step.fd >= 0:
-            fd = os.open("..", inode.OPEN_FOLDER, dir_fd=self._fd)
-            os.close(self._fd)
-            self._fd = fd
-
-    def _note_barred(self, step: Barred, path: bytes) -> None:
-        if self._passed_over:
+    def _note_barred(self, target: Counterpart, step: Barred, path: bytes) -> None:
+        if target.is_left_out:
             return
         if step.error.errno != errno.EXDEV:
             self._note(path, step.error)
             return
         status = os.stat(step.name, dir_fd=step.fd, follow_symlinks=False)
         with suppress(FileExistsError):
-            os.mkdir(step.name, dir_fd=self._fd)
-            place = entries.place_of(self._fd, step.name)
+            os.mkdir(step.name, dir_fd=target.fd)
+            place = entries.place_of(target.fd, step.name)
             os.chmod(place, stat.S_IMODE(status.st_mode))  # noqa: PTH101 - we have just made it
             os.chown(place, status.st_uid, status.st_gid)
 
