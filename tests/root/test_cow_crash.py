@@ -17,6 +17,7 @@ from tests.fixtures.filesystems import Site, is_immutable
 from tests.fixtures.probes import is_soak, need, on
 from tests.fixtures.windows import CONTENT, Shared, shared_file
 from vrun.cow import keeping, supervisor
+from vrun.cow.duty import Duty
 from vrun.cow.notifications import Listener
 from vrun.cow.supervisor import Supervisor
 
@@ -36,7 +37,7 @@ def _die_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]
     be_supervisor = supervisor.be_supervisor
     memory = mmap.mmap(-1, 4)
 
-    def be(duty: supervisor.Duty) -> None:
+    def be(duty: Duty) -> None:
         if duty.bequest is None:
             left = [-1]
 

@@ -22,6 +22,7 @@ from tests.fixtures.runs import find_faults
 from tests.fixtures.trees import differences, snapshot
 from tests.fixtures.windows import shared_file
 from vrun.cow import keeping, supervisor
+from vrun.cow.duty import Duty
 from vrun.cow.notifications import Listener
 
 pytestmark = [need("immutable", "lease", "reflink"), on("xfs")]
@@ -61,7 +62,7 @@ def _clone_at_steps(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
     """The supervisor clones the image before every so many-th of its steps."""
     be_supervisor = supervisor.be_supervisor
 
-    def be(duty: supervisor.Duty) -> None:
+    def be(duty: Duty) -> None:
         camera = box.camera()
         steps = count(1)
         is_serving = [False]

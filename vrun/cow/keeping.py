@@ -6,7 +6,6 @@ that were open, then it answers the call that was in work, then it goes on.
 """
 
 import os
-import resource
 import signal
 import socket
 import time
@@ -17,16 +16,10 @@ from typing import Final
 
 from vrun.control import Connection, pair
 from vrun.cow import heir
+from vrun.cow.duty import ATTACK, LISTENER, SETTLED, WARN, Duty
 from vrun.cow.notifications import Page
-from vrun.cow.supervisor import (
-    ATTACK,
-    LISTENER,
-    SETTLED,
-    WARN,
-    Duty,
-    allow_open_files,
-    be_supervisor,
-)
+from vrun.cow.openfiles import monitors_limit
+from vrun.cow.supervisor import be_supervisor
 from vrun.errors import ToolError
 from vrun.loop import Aborted, Loop
 from vstore.keeper import Keeper
@@ -40,32 +33,6 @@ _AGAIN_S: Final = 0.05
 _ENDS_WITHIN_S: Final = 10.0
 _SETTLES_WITHIN_S: Final = 5.0
 _MOST_REMEMBERED: Final = 20
-
-
-class _OpenFiles:
-    """The monitor's limit of open files: raised while it keeps leases, but not for what it forks;
-    a guest's processes would inherit it.
-    """
-
-    def __init__(self) -> None:
-        self._before: tuple[int, int] | None = None
-        self._is_registered = False
-
-    def allow(self) -> None:
-        if self._before is None:
-            self._before = resource.getrlimit(resource.RLIMIT_NOFILE)
-            allow_open_files()
-        if not self._is_registered:
-            self._is_registered = True
-            os.register_at_fork(after_in_child=self.restore)
-
-    def restore(self) -> None:
-        if self._before is not None:
-            resource.setrlimit(resource.RLIMIT_NOFILE, self._before)
-            self._before = None
-
-
-_open_files: Final = _OpenFiles()
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +117,7 @@ class Supervision:
 
     def start(self) -> None:
         """Wait until the supervisor serves, forked now if it was not. Raises ToolError, Aborted."""
-        _open_files.allow()
+        monitors_limit.allow()
         if not self._is_begun:
             self.begin()
         self._loop.wait(lambda: self._is_settled or not self.pid)
@@ -279,7 +246,7 @@ class Supervision:
             self._heir.close()
             heir.forget(self._name)
         self._stack.close()
-        _open_files.restore()
+        monitors_limit.restore()
 
     def _end_supervisor(self) -> None:
         """It ends by itself when its last leases have gone."""

@@ -10,6 +10,7 @@ import fcntl
 import mmap
 import os
 import struct
+import time
 from contextlib import suppress
 from typing import Any, Final, NamedTuple
 
@@ -39,6 +40,9 @@ _RESPONSE.pack_into(_go_on, 0, 0, 0, 0, CONTINUE)
 
 _WHOSE: Final = struct.Struct("=i")
 _WHOSE_PLACE: Final = 128
+_DUE: Final = struct.Struct("=d")
+_DUE_PLACE: Final = 136
+_TRIED_PLACE: Final = 144
 _RESULT: Final = struct.Struct("=qi")
 _RESULT_PLACE: Final = 192
 _BEGUN: Final = struct.Struct("=QQH")
@@ -97,6 +101,8 @@ class Left(NamedTuple):
     begun: Begun | None
     slot: int
     """The slot of the page in which it is kept; 0: none."""
+    is_overdue: bool
+    """Whether it was being looked at when the supervisor's patience ended."""
 
 
 class Page:
@@ -104,6 +110,8 @@ class Page:
 
     bytes 0-79     the notification, as the kernel wrote it; all 0: there is none
     bytes 128-131  the place of its listener among all
+    bytes 136-143  until when it may be looked at, by the monotonic clock; 0: as long as it takes
+    bytes 144-151  the id of a call whose look was given up once
     bytes 192-211  a call's id and its result, once it is done and as long as it is not told
     bytes 224-249  a call's id, two inode numbers, a path's length: it is just being carried out
     bytes 256-     slots of 96 bytes: calls that wait for something, as in bytes 0-131 (place last)
@@ -132,6 +140,16 @@ class Page:
         _BEGUN.pack_into(self.memory, _BEGUN_PLACE + _ID.size, ino, copy_ino, size)
         _ID.pack_into(self.memory, _BEGUN_PLACE, call_id)
 
+    def note_due(self, due_s: float) -> None:
+        """Until when the call in work may be looked at; 0: as long as it takes."""
+        _DUE.pack_into(self.memory, _DUE_PLACE, due_s)
+
+    def try_again(self, call_id: int) -> bool:
+        """Note that the look at a call was given up; whether that was the first time."""
+        (tried_id,) = _ID.unpack_from(self.memory, _TRIED_PLACE)
+        _ID.pack_into(self.memory, _TRIED_PLACE, call_id)
+        return bool(tried_id != call_id)
+
     def load_all(self) -> list[Left]:
         """The calls that were in work, first those that may have been carried out. Slots are theirs
         until they are forgotten.
@@ -149,6 +167,7 @@ class Page:
         call = self._load(at)
         (done_id,) = _ID.unpack_from(self.memory, _RESULT_PLACE)
         (begun_id,) = _ID.unpack_from(self.memory, _BEGUN_PLACE)
+        (due_s,) = _DUE.unpack_from(self.memory, _DUE_PLACE)
         result = _RESULT.unpack_from(self.memory, _RESULT_PLACE + _ID.size)
         ino, copy_ino, size = _BEGUN.unpack_from(self.memory, _BEGUN_PLACE + _ID.size)
         path = self.memory[_PATH_PLACE : _PATH_PLACE + size]
@@ -158,6 +177,7 @@ class Page:
             (result[0], result[1]) if done_id == call.id else None,
             Begun(ino, copy_ino, path) if begun_id == call.id else None,
             slot,
+            not slot and 0 < due_s <= time.monotonic(),
         )
 
     def _load(self, at: int) -> Call:

@@ -10,6 +10,7 @@ import errno
 import os
 import stat
 from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
@@ -34,7 +35,9 @@ class Roots:
     The working directory stays the host's /proc, from where every process can be reached.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, at_home: Callable[[], None] = lambda: None) -> None:
+        """`at_home` is called whenever the looks are over."""
+        self._at_home = at_home
         self._host_fd = os.open("/", _FOLDER)
         self.proc_fd = os.open("/proc", _FOLDER)
         self.protects_symlinks = _is_on("protected_symlinks")
@@ -48,7 +51,10 @@ class Roots:
         os.chroot(b"%d/root" % tid)
 
     def go_home(self) -> None:
-        """Take the host's root again: before anything that reads files by their path."""
+        """Take the host's root again: before anything that reads files by their path, and before
+        anything but a look at what a caller has.
+        """
+        self._at_home()
         if not self._is_home:
             os.fchdir(self._host_fd)
             os.chroot(".")

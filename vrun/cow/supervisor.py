@@ -10,14 +10,12 @@ import gc
 import logging
 import math
 import os
-import resource
 import select
 import signal
 import socket
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Final, NoReturn
 
 from vrun import syscalls
@@ -26,14 +24,16 @@ from vrun.cow import heir
 from vrun.cow.breaking import Break, Changed, Held, Workshop
 from vrun.cow.desk import Answered, Asked, Deferred, Desk
 from vrun.cow.dispatch import BY_NUMBER
-from vrun.cow.notifications import Call, Gone, Left, Listener, Page
+from vrun.cow.duty import ATTACK, LISTENER, SETTLED, WARN, Duty
+from vrun.cow.notifications import Call, Gone, Left, Listener
 from vrun.cow.objects import Objects
+from vrun.cow.openfiles import allow_open_files
 from vrun.cow.paths import Roots
+from vrun.cow.patience import LONGEST_S, Patience
 from vrun.cow.quick import LOOKS, IsPlain
 from vrun.cow.rights import Own
 from vrun.errors import ToolError
 from vrun.noimports import refuse_imports
-from vstore.keeper import Keeper
 from vstore.pool import Pool
 from vstore.record import dataclass
 from vstore.recovery import recover, settle_stage
@@ -41,15 +41,13 @@ from vstore.window import Windows
 
 log = logging.getLogger(__name__)
 
-LISTENER: Final = "listener"
-"""The monitor's message with one more listener."""
-ATTACK: Final = "attack"
-WARN: Final = "warn"
-SETTLED: Final = "settled"
-
-_OPEN_FILES: Final = 1 << 16
+_SILENT: Final = (
+    "a call of process %d leads to a file system that does not answer: after %d s it goes on "
+    "unseen; look for a server or a FUSE program that hangs"
+)
 _MOST_COPIES: Final = 4
 _QUIET_MS: Final = 50.0
+_IDLE_MS: Final = 1000.0
 _LOOK_AGAIN_S: Final = 0.02
 _SETTLE_AGAIN_S: Final = 0.5
 _LONGEST_PAUSE_S: Final = 600.0
@@ -57,38 +55,6 @@ _HELD_S: Final = 10.0
 """How long a call waits at most: leases linger for seconds after somebody has attacked a file. One
 that is open for writing all the time is not to be had: EBUSY.
 """
-
-
-@dataclass(slots=True, kw_only=True)
-class Duty:
-    """What a supervisor gets from the monitor that forks it."""
-
-    pool: Path
-    page: Page
-    listeners: Sequence[int]
-    """In the order in which the guest's processes brought them; -1 for one that has ended."""
-    stage_fd: int
-    stage_lock_fd: int
-    """Its flock says that the stage is in use."""
-    keeper: socket.socket
-    """The holder's end of its keeper."""
-    control: Connection
-    bequest: Keeper | None
-    """The keeper of a supervisor that was killed, with the leases that it had."""
-    linger_s: float
-    name: str
-    """The guest's; empty where nobody can come after its monitor."""
-    heir: socket.socket | None
-    """Where a new monitor asks for the listeners when the old one is gone."""
-    predecessor: socket.socket | None
-    """The supervisor whose place is taken; it waits to hear of that."""
-
-    def fds(self) -> list[int]:
-        """What it must keep open."""
-        sockets = [self.keeper.fileno(), self.control.socket.fileno()]
-        held = self.bequest.held_fds() if self.bequest else []
-        sockets += [one.fileno() for one in (self.heir, self.predecessor) if one]
-        return [*self.listeners, self.stage_fd, self.stage_lock_fd, *sockets, *held]
 
 
 def be_supervisor(duty: Duty) -> NoReturn:
@@ -167,7 +133,9 @@ class Supervisor:
             duty.bequest.take_over(lambda leased: self._settle(pool, windows, leased))
         else:
             self._settle(pool, windows)
-        self._shop = Workshop(pool, windows, duty.stage_fd, Objects(pool), Roots(), Own())
+        self._patience = Patience(duty.page)
+        roots = Roots(self._patience.end)
+        self._shop = Workshop(pool, windows, duty.stage_fd, Objects(pool), roots, Own())
         self._desk = Desk(self._shop, self._copy_elsewhere, self._wait_for)
         self._listeners: dict[int, Listener] = {}
         self._places: list[int] = []
@@ -205,28 +173,38 @@ class Supervisor:
         """Serve for good."""
         for left in self._page.load_all():
             self._redo(left)
-        poll, listeners = self._poll.poll, self._listeners
+        poll, listeners, patience = self._poll.poll, self._listeners, self._patience
+        clock = time.monotonic
         wait_ms: float | None = None
         is_calm = False  # nothing has happened that could change how long to wait
         while True:
             if wait_ms is not None or not is_calm:
                 wait_ms, is_calm = self._timeout_ms(), True
-            events = poll(wait_ms)
-            if not (events or self._is_prepared):
-                self._prepare()
+            events = poll(_IDLE_MS if wait_ms is None and patience.renew_s else wait_ms)
+            if not events:
+                self._rest()
             for fd, event in events:
                 listener = listeners.get(fd)
                 if listener is not None and event & select.POLLIN:
+                    if clock() >= patience.renew_s:
+                        self._begin_to_look()
                     call = listener.receive()
                     if call is not None and not self._let_pass(listener, call):
                         is_calm = False
                         self._serve(Asked(listener=listener, call=call))
                     continue
                 is_calm = False
+                self._shop.roots.go_home()
                 if listener is None:
                     self._attend(fd)
                 else:
                     self._end(fd)
+
+    def _rest(self) -> None:
+        """Nobody has called for a while."""
+        self._shop.roots.go_home()
+        if not self._is_prepared:
+            self._prepare()
 
     def _prepare(self) -> None:
         """Read the names of all objects in a quiet moment: the first break would wait for that."""
@@ -237,6 +215,11 @@ class Supervisor:
         self._shop.objects.load()
 
     # --- calls
+
+    def _begin_to_look(self) -> None:
+        """Without a monitor nobody would come after this process: it may wait then."""
+        if not self._is_orphan:
+            self._patience.begin()
 
     def _let_pass(
         self, listener: Listener, call: Call, *, _looks: dict[tuple[int, int], IsPlain] = LOOKS
@@ -257,6 +240,8 @@ class Supervisor:
         if serve is None:
             listener.go_on(call.id)
             return
+        if not self._patience.renew_s:
+            self._begin_to_look()
         try:
             serve(self._desk, asked)
         except Answered as answer:
@@ -286,6 +271,9 @@ class Supervisor:
                 listener.check(left.call.id)
                 if left.result is not None:
                     listener.answer(left.call.id, *left.result)
+                elif left.is_overdue and not self._page.try_again(left.call.id):
+                    listener.go_on(left.call.id)
+                    log.warning(_SILENT, left.call.tid, 2 * LONGEST_S)
                 else:
                     self._serve(Asked(listener=listener, call=left.call, begun=left.begun))
         self._page.forget(left.slot)
@@ -480,12 +468,3 @@ def _fill_and_end(work: Break, parent: int) -> NoReturn:
         code = error.errno or errno.EIO
     finally:
         os._exit(code)
-
-
-def allow_open_files() -> None:
-    """Raise the limit of open files: each window takes one for some seconds, here and in the
-    monitor.
-    """
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    soft = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
