@@ -29,6 +29,7 @@ _MASKS: Final = (
     (r"^Uptime: \d\d:\d\d$", "Uptime: HH:MM"),
     (r"^ +\d+ (0 +\w+)$", r"PID \1"),
     (r"^(PID 0 +init)(?:\n\1)+$", r"\1"),
+    (r"^(LISTEN) +(\d+) +(\d+) +(\S+) +(\S+)$", r"\1 \2 \3 \4 \5"),  # wider in Debian 13
     (r"\s+$", ""),
 )
 """What another run shows otherwise, and what stands for it."""

@@ -109,7 +109,8 @@ for relative in (False, True):
         os.execvp("nice", ["nice"])
     os.wait()
 """
-    assert subprocess.check_output([*outer, program], text=True) == "5\n8\n"
+    said = subprocess.check_output([*outer, program], text=True)
+    assert said == f"5\n{min(os.nice(0) + 3 + 5, 19)}\n"  # the tests may run at any
 
 
 def test_the_class_of_disk_access() -> None:
