@@ -9,7 +9,7 @@ import fcntl
 import os
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 _NAME: Final = "windows"
@@ -26,8 +26,8 @@ class ObjectLocks:
 
     def take(self, numbers: Sequence[int]) -> None:
         """Lock the objects of these inode numbers, in ascending order; waits for other holders."""
-        for number in numbers:
-            self._set(fcntl.F_OFD_SETLKW, fcntl.F_WRLCK, number, 1)
+        for first, count in _find_runs(numbers):
+            self._set(fcntl.F_OFD_SETLKW, fcntl.F_WRLCK, first, count)
 
     def try_take(self, number: int, *, wait_s: float) -> bool:
         """Lock one object within `wait_s` seconds; returns whether that went."""
@@ -55,3 +55,17 @@ class ObjectLocks:
 
     def _set(self, command: int, kind: int, start: int, length: int) -> None:
         fcntl.fcntl(self._fd, command, _FLOCK.pack(kind, os.SEEK_SET, start, length, 0))
+
+
+def _find_runs(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Ascending numbers as (first, how many that follow each other)."""
+    first = count = 0
+    for number in numbers:
+        if count and number == first + count:
+            count += 1
+            continue
+        if count:
+            yield first, count
+        first, count = number, 1
+    if count:
+        yield first, count
