@@ -212,6 +212,16 @@ def test_ssh_config_with_include(machines: Machines, tool: Tool, home: Path, for
     assert _has_come(machines)
 
 
+@pytest.mark.parametrize(("command", "code"), [("test %h = other", 0), ("false", 1)])
+def test_ssh_config_asks_a_command_whether_a_block_counts(
+    machines: Machines, tool: Tool, home: Path, command: str, code: int
+) -> None:
+    settings = _block(machines.server, "other").partition("\n")[2]
+    text = f'Match originalhost other exec "{command}"\n{settings}'
+    _write_config(home, machines.server, text)
+    assert _copy(tool, machines, host="other").returncode == code
+
+
 def test_an_include_in_anothers_block_does_not_count(
     machines: Machines, tool: Tool, home: Path
 ) -> None:

@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import socket
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from io import TextIOWrapper
@@ -131,6 +132,7 @@ def _speak(
     try:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         let_come()
+        sys.modules["invoke"] = None  # type: ignore[assignment]  # see `session.load_invoke`
         from vstore.copy import session  # paramiko takes 60 ms, in which our parent has begun
 
         code = session.run(access, command, end, status_fd)

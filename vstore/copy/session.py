@@ -7,6 +7,7 @@ never SFTP.
 
 import contextlib
 import getpass
+import importlib
 import json
 import logging
 import os
@@ -126,6 +127,8 @@ class _Connector:
         self._stack = stack
         self._depth = depth
         text = sshconfig.load_text(access.host, access.config)
+        if "exec" in text.lower():
+            load_invoke()
         try:
             self._config = paramiko.SSHConfig.from_text(text).lookup(access.host)
         except paramiko.ConfigParseError as error:
@@ -332,6 +335,17 @@ class _Connector:
                 return None
             secret = questions.ask_secret(f"Passphrase of {path}: ")
         return None
+
+
+def load_invoke() -> None:
+    """Let paramiko run what `Match exec` of ssh_config says.
+
+    The package that it takes for that alone loads as long as all the rest: who does not need it
+    goes without.
+    """
+    if sys.modules.get("invoke", sys) is None:
+        del sys.modules["invoke"]
+        vars(paramiko.config)["invoke"] = importlib.import_module("invoke")
 
 
 def _agent_keys() -> Iterator[paramiko.PKey]:
