@@ -1,8 +1,8 @@
 """Delete a tree whose files are shared: rm(1) cannot, since no name of an object may be taken off.
 
-A worker goes through the tree twice: it takes every name off, those of objects in thaw windows,
-many at a time; then it removes the folders from the deepest up. Nothing is reached by a path, so a
-folder that is swapped for a symlink leads nowhere.
+Workers go through the tree twice: they take every name off, those of objects in thaw windows, many
+at a time; then one of them removes the folders from the deepest up. Nothing is reached by a path,
+so a folder that is swapped for a symlink leads nowhere.
 """
 
 import errno
@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final
 
 from vstore import inode, scan
 from vstore.errors import PoolBusy, WrongUsage
@@ -22,8 +23,11 @@ from vstore.hostpath import HostPath, describe_kind, open_parent
 from vstore.pool import Pool
 from vstore.progress import SILENT, Progress
 from vstore.quarantine import load_quarantined
-from vstore.remover import NOT_EMPTY, Remover, explain
+from vstore.remover import FOLDERS, NOT_EMPTY, Remover, Share, explain
 from vstore.undo import guarded_worker
+from vstore.workers import core_count
+
+_WORKERS: Final = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,11 +81,13 @@ def remove(trees: Sequence[Tree], pool: Pool, progress: Progress = SILENT) -> Re
     progress.phase("remove")
     with pool.share():
         numbers = pool.load_numbers(), load_quarantined(pool)
-        done: set[Tree] = set()
-        with guarded_worker(pool, lambda pool, windows, _: Remover(pool, windows, numbers)) as crew:
-            for tree, answer in crew.map(_jobs(trees, done)):
+        work = _Work(trees, min(_WORKERS, core_count()))
+        with guarded_worker(
+            pool, lambda pool, windows, _: Remover(pool, windows, numbers), count=work.parts
+        ) as crew:
+            for (tree, share), answer in crew.map_each(work.choose):
                 if answer is None:
-                    done.add(tree)
+                    work.done.add((tree, share))
                     continue
                 names, shared, errors = answer
                 result.names += names
@@ -95,11 +101,31 @@ def remove(trees: Sequence[Tree], pool: Pool, progress: Progress = SILENT) -> Re
     return result
 
 
-def _jobs(trees: Sequence[Tree], done: set[Tree]) -> Iterator[tuple[int, Tree]]:
-    """Each tree again and again until the worker is done with it."""
-    for tree in trees:
-        while tree not in done:
-            yield tree.fd, tree
+@dataclass(slots=True)
+class _Work:
+    """Which share of which tree a worker is to go on with."""
+
+    trees: Sequence[Tree]
+    parts: int
+    done: set[tuple[Tree, Share]] = field(default_factory=set)
+
+    def choose(self, number: int) -> tuple[tuple[int, Share], tuple[Tree, Share]] | None:
+        """The same share again and again until its worker is done with it; the first one removes
+        the folders. None while there is nothing for this worker: one tree may lie in another, so
+        the next one has to wait.
+        """
+        tree = next((tree for tree in self.trees if (tree, FOLDERS) not in self.done), None)
+        if tree is None:
+            return None
+        share = (number, self.parts)
+        if (tree, share) in self.done:
+            left = [
+                part for part in range(self.parts) if ((tree, (part, self.parts)) not in self.done)
+            ]
+            if left or number:
+                return None
+            share = FOLDERS
+        return (tree.fd, share), (tree, share)
 
 
 def _remove_top(tree: Tree, result: RemoveResult) -> None:

@@ -1,10 +1,13 @@
-"""A worker's part of deleting a tree: names first, many objects a window, then the folders."""
+"""A worker's part of deleting a tree: names first, many objects a window, then the folders.
+
+Several workers share the folders among them by their inode numbers, so that none waits for another
+at a folder. The folders themselves are removed once no worker has a name to take off any more.
+"""
 
 import errno
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import Final
 
 from vstore import inode
@@ -16,6 +19,10 @@ NOT_EMPTY: Final = frozenset((errno.ENOTEMPTY, errno.EEXIST))
 
 _OBJECTS_A_BATCH: Final = 150
 _NAMES_A_BATCH: Final = 1000
+
+Share = tuple[int, int]
+"""Which of how many parts of a tree's folders; `FOLDERS` stands for their own removal."""
+FOLDERS: Final[Share] = (0, 0)
 
 Answer = tuple[int, int, list[tuple[bytes, str]]]
 """Names deleted, those of objects among them, errors (path, reason): since the answer before."""
@@ -41,24 +48,29 @@ class Remover:
         self._windows = windows
         self._pool_ino = os.fstat(pool.fd).st_ino
         self._objects, self._quarantined = frozen
-        self._runs: dict[int, Iterator[Answer]] = {}
+        self._runs: dict[tuple[int, Share], Iterator[Answer]] = {}
         self._folders: list[int] = []
         self._batch: list[tuple[int, bytes, bytes]] = []
         self._names = 0
         self._shared = 0
         self._errors: list[tuple[bytes, str]] = []
 
-    def serve(self, root_fd: int) -> Iterator[Answer | None]:
-        """Go on deleting all below `root_fd`, for a while; yields None at the end."""
-        if root_fd not in self._runs:
-            names, folders = self._take_names_off(root_fd), self._remove_folders(root_fd)
-            self._runs[root_fd] = chain(names, folders)
-        yield next(self._runs[root_fd], None)
+    def serve(self, job: tuple[int, Share]) -> Iterator[Answer | None]:
+        """Go on deleting a share of what is below a root's descriptor, for a while; yields None at
+        the end.
+        """
+        if job not in self._runs:
+            root_fd, share = job
+            is_last = share == FOLDERS
+            run = self._remove_folders(root_fd) if is_last else self._take_names_off(*job)
+            self._runs[job] = run
+        yield next(self._runs[job], None)
 
-    def _take_names_off(self, root_fd: int) -> Iterator[Answer]:
+    def _take_names_off(self, root_fd: int, share: Share) -> Iterator[Answer]:
+        part, parts = share
         descent = Descent(root_fd, barred_ino=self._pool_ino)
         for step in descent.steps():
-            if isinstance(step, Entered):
+            if isinstance(step, Entered) and step.status.st_ino % parts == part:
                 own_fd = -1
                 for entry in step.entries:
                     number = entry.inode()
@@ -72,11 +84,12 @@ class Remover:
                     if len(self._batch) >= _OBJECTS_A_BATCH:
                         yield self._flush()
                         own_fd = -1
-            elif isinstance(step, Barred):
+            elif isinstance(step, Barred) and not part:
                 self._note_barred(descent.path(step.name), step.error)
             if self._names >= _NAMES_A_BATCH:
                 yield self._flush()
-        self._errors += descent.errors
+        if not part:
+            self._errors += descent.errors
         yield self._flush()
 
     def _keep_open(self, folder_fd: int) -> int:

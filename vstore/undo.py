@@ -43,23 +43,25 @@ worker.
 
 
 @contextmanager
-def guarded_worker(pool: Pool, equip: Equip) -> Iterator[Crew]:
-    """One worker that may open windows, kept by this process; what a killed program left is put
-    right first.
+def guarded_worker(pool: Pool, equip: Equip, *, count: int = 1) -> Iterator[Crew]:
+    """One worker, or `count` of them, that may open windows, kept by this process; what a killed
+    program left is put right first.
 
     The pool's lock must be held.
     """
     recover(pool)
-    with pool.stage(1) as stages:
+    with pool.stage(count) as stages:
 
-        def start(_: int, keeper: socket.socket) -> "_Hand":
-            windows = Windows(keeper, pool_fd=pool.fd, stage_fd=stages[0], linger_s=find_linger_s)
-            return _Hand(equip(pool, windows, stages[0]), windows)
+        def start(number: int, keeper: socket.socket) -> "_Hand":
+            stage_fd = stages[number]
+            windows = Windows(keeper, pool_fd=pool.fd, stage_fd=stage_fd, linger_s=find_linger_s)
+            return _Hand(equip(pool, windows, stage_fd), windows)
 
         def bury(worker: Worker) -> None:
-            worker.keeper.take_over(lambda leased: settle_stage(pool, stages[0], leased))
+            stage_fd = stages[worker.number]
+            worker.keeper.take_over(lambda leased: settle_stage(pool, stage_fd, leased))
 
-        with Crew(1, start, bury=bury) as crew:
+        with Crew(count, start, bury=bury) as crew:
             yield crew
 
 

@@ -159,23 +159,49 @@ class Crew:
         worker.keeper.close()
 
     def map(
-        self, jobs: Iterable[tuple[Any, Context] | None], *, limit: int | None = None
+        self,
+        jobs: Iterable[tuple[Any, Context] | None],
+        *,
+        limit: int | None = None,
+        ahead: int = _AHEAD,
+        wake_fd: int = -1,
     ) -> Iterator[tuple[Context, Any]]:
         """Give out jobs, each a (message, context), as workers become free; yield (context, answer)
         for every answer.
 
         Jobs are taken from the iterable only when a worker can have one; None says that there is
-        none for now. At most `limit` workers are used. Raises WorkerDied; a worker's ToolError or
-        OSError; RuntimeError with the worker's traceback for a bug.
+        none for now; they are asked for again with the next answer, or once `wake_fd` can be read.
+        At most `limit` workers are used, and each is given `ahead` jobs at a time. Raises
+        WorkerDied; a worker's ToolError or OSError; RuntimeError with the worker's traceback for a
+        bug.
         """
         todo = iter(jobs)
         workers = self._workers[:limit]
+        yield from self._run(lambda _: next(todo, None), workers, ahead, wake_fd)
+
+    def map_each(
+        self, choose: Callable[[int], tuple[Any, Context] | None]
+    ) -> Iterator[tuple[Context, Any]]:
+        """As `map`, where each worker has jobs of its own: `choose` is asked by its number."""
+        yield from self._run(choose, self._workers[:], _AHEAD, -1)
+
+    def _run(
+        self,
+        choose: Callable[[int], tuple[Any, Context] | None],
+        workers: list[Worker],
+        ahead: int,
+        wake_fd: int,
+    ) -> Iterator[tuple[Context, Any]]:
         with selectors.DefaultSelector() as selector:
             for worker in workers:
                 selector.register(worker.channel, selectors.EVENT_READ, worker)
-            self._give_out(workers, todo, selector)
+            if wake_fd >= 0:
+                selector.register(wake_fd, selectors.EVENT_READ)
+            self._give_out(workers, choose, selector, ahead)
             while any(worker.jobs for worker in workers):
                 for key, events in selector.select():
+                    if key.data is None:
+                        continue
                     if events & selectors.EVENT_WRITE:
                         self._send_rest(key.data, selector)
                     if not events & selectors.EVENT_READ:
@@ -186,20 +212,21 @@ class Crew:
                         key.data.jobs.popleft()
                     else:
                         yield context, answer
-                self._give_out(workers, todo, selector)
+                self._give_out(workers, choose, selector, ahead)
 
     def _give_out(
         self,
         workers: list[Worker],
-        todo: Iterator[tuple[Any, Any] | None],
+        choose: Callable[[int], tuple[Any, Any] | None],
         selector: selectors.BaseSelector,
+        ahead: int,
     ) -> None:
-        for depth in range(_AHEAD):
+        for depth in range(ahead):
             for worker in workers:
                 if len(worker.jobs) <= depth and not worker.unsent:
-                    job = next(todo, None)
+                    job = choose(worker.number)
                     if job is None:
-                        return
+                        continue
                     message, context = job
                     worker.jobs.append(context)
                     worker.unsent = _pack(message)

@@ -68,6 +68,43 @@ def test_a_limit_leaves_the_other_workers_alone() -> None:
     assert {number for _, (number, _) in answers} == {0}
 
 
+def test_jobs_that_are_for_one_worker_go_to_no_other() -> None:
+    todo = {0: [1, 2, 3], 1: list(range(4, 300)), 2: []}
+
+    def choose(number: int) -> tuple[int, int] | None:
+        return (todo[number].pop(0), number) if todo[number] else None
+
+    with Crew(3, _Echo) as crew:
+        answers = list(crew.map_each(choose))
+    assert all(number == context for context, (number, _) in answers)
+    assert sorted(job for _, (_, job) in answers) == list(range(1, 300))
+
+
+def test_jobs_are_asked_for_again_when_another_descriptor_can_be_read() -> None:
+    wake_fd, news_fd = os.pipe()
+    go_fd, start_fd = os.pipe()
+    os.write(news_fd, b"1")
+
+    def jobs() -> Iterator[tuple[str, None] | None]:
+        yield "wait", None
+        yield None
+        os.read(wake_fd, 1)
+        os.write(start_fd, b"1")
+        yield "next", None
+
+    class Waiting(_Echo):
+        def serve(self, job: Any) -> Iterator[Any]:
+            if job == "wait":
+                os.read(go_fd, 1)
+            yield job
+
+    with Crew(1, Waiting) as crew:
+        answers = [answer for _, answer in crew.map(jobs(), wake_fd=wake_fd)]
+    assert answers == ["wait", "next"]
+    for fd in (wake_fd, news_fd, go_fd, start_fd):
+        os.close(fd)
+
+
 @pytest.mark.parametrize(("job", "kind"), [("refuse", PoolBusy), ("full", NoSpace)])
 def test_what_a_worker_refuses_keeps_its_kind_and_hint(job: str, kind: type[ToolError]) -> None:
     with Crew(1, _Trouble) as crew, pytest.raises(kind) as caught:
