@@ -282,6 +282,17 @@ class Pool:
         with self._locked(fcntl.LOCK_EX, keep_turn=True, wait_s=wait_s):
             yield
 
+    def is_waited_for(self) -> bool:
+        """Whether somebody seems to wait for us, who share the pool, to hold it alone."""
+        turn = os.open("turn", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600, dir_fd=self.fd)
+        try:
+            fcntl.flock(turn, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(turn)
+        return False
+
     @contextmanager
     def _locked(self, kind: int, *, keep_turn: bool, wait_s: float) -> Iterator[None]:
         deadline = time.monotonic() + wait_s

@@ -297,6 +297,18 @@ def test_who_wants_the_pool_alone_is_not_starved(site: Site, tool: Tool) -> None
 
 
 @on("ext4")
+def test_who_shares_the_pool_can_ask_whether_somebody_waits_for_it(site: Site) -> None:
+    def exclude(pool: Pool) -> None:
+        with pool.exclude():
+            sleep(0.01)
+
+    with Pool.create(site.pool) as pool, pool.share():
+        assert not pool.is_waited_for()
+    with _at_work(site, 1, exclude) as pool, pool.share():
+        wait_for(pool.is_waited_for)
+
+
+@on("ext4")
 def test_who_shares_the_pool_is_not_starved_by_those_who_want_it_alone(site: Site) -> None:
     def exclude(pool: Pool) -> None:
         with pool.exclude():

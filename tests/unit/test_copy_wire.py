@@ -2,6 +2,7 @@
 
 import os
 import random
+import select
 import socket
 import struct
 import threading
@@ -73,6 +74,26 @@ def test_frames_arrive_as_they_were_sent_both_ways(level: int | None) -> None:
                 side.send(kind, body)
         for side in (left, right):
             assert [side.receive() for _ in bodies] == list(enumerate(bodies, start=1))
+
+
+def test_a_descriptor_shows_whether_there_is_something_to_take() -> None:
+    def is_shown(*, within_ms: int = 0) -> bool:
+        asking = select.poll()
+        asking.register(right.inbox_fd, select.POLLIN)
+        return bool(asking.poll(within_ms))
+
+    with _pair() as (left, right):
+        assert not is_shown()
+        for body in (b"one", b"two"):
+            left.send(1, body)
+        assert is_shown(within_ms=10_000)
+        assert right.receive() == (1, b"one")
+        assert right.receive() == (1, b"two")
+        assert not is_shown()
+        left.close()
+        assert is_shown(within_ms=10_000)
+        with pytest.raises(ConnectionLost):
+            right.poll()
 
 
 def test_two_sides_that_both_send_much_do_not_wait_for_each_other() -> None:

@@ -16,7 +16,7 @@ from vstore import extents, inode, syscalls
 from vstore.copy.area import Area
 from vstore.errors import NoSpace
 from vstore.folders import join
-from vstore.pool import Pool, digest_xattrs, parse_object
+from vstore.pool import Pool, digest_xattrs, find_metadata, state_metadata
 from vstore.scan import open_below
 from vstore.window import Windows
 
@@ -34,6 +34,10 @@ job is done."""
 
 _New = tuple[int, Spot, str, str]
 """What is to be an object: its descriptor, spot, name in `arrived`, path below `objects`."""
+_Twin = tuple[Spot, Origin, str, Meta]
+"""What is to be an object with a content that another file has: its spot, where the content is, the
+object's name, and what it is to be like.
+"""
 
 DIR, SYMLINK, NODE, EMPTY, LINK, NEW, OWN, NAME, RELINK, FINISH = range(10)
 
@@ -58,6 +62,7 @@ class Placer:
         self._folder: tuple[bytes, int] = (b"", -1)
         self._links: list[tuple[Spot, str]] = []
         self._news: list[_New] = []
+        self._twins: list[_Twin] = []
         self._errors: list[tuple[bytes, str]] = []
         self._linked = 0
         self._windows_opened = False
@@ -85,7 +90,7 @@ class Placer:
                 self._note(spot, error)
             if self._windows_opened:  # the parent takes notice of leases with each answer
                 yield self._answer(is_done=False)
-        for _ in self._flush_each():
+        for _ in self._flush():
             yield self._answer(is_done=False)
         self._close_folder()
         yield self._answer(is_done=True)
@@ -169,8 +174,8 @@ class Placer:
 
     def _make_own(self, spot: Spot, origin: Origin, meta: Meta, is_group: bool) -> None:
         kind, where = origin
-        if kind == "object" and self._news:
-            self._flush()
+        if kind == "object" and (self._news or self._twins):
+            self._enter_all()
         if kind == "arrived" and self._link_arrived(spot, where, meta):
             self._begin_group(spot, is_group)
             return
@@ -280,57 +285,88 @@ class Placer:
 
     def _note_link(self, spot: Spot, name: str) -> None:
         self._links.append((spot, name))
-        if len(self._links) >= _OBJECTS_A_WINDOW:
-            self._flush()
 
     def _note_new(self, spot: Spot, origin: Origin, name: str, meta: Meta) -> None:
         """Make the content an object of that name: it must be just what the name says then."""
-        if origin[0] == "object" and self._news:
-            self._flush()
-        spare = f"object-{spot[0]}"
-        folder_fd = self._area.arrived_fd
-        if origin[0] == "arrived" and self._is_spare(origin[1]):
-            spare = origin[1]
-            fd = os.open(spare, inode.OPEN_TO_READ, dir_fd=folder_fd)
-        else:
-            source_fd = self._open_origin(origin)
-            try:
-                self._copy(source_fd, folder_fd, spare, meta)
-            finally:
-                os.close(source_fd)
-            fd = os.open(spare, inode.OPEN_TO_READ, dir_fd=folder_fd)
-            os.fdatasync(fd)
+        fd = self._open_spare(origin[1]) if origin[0] == "arrived" else -1
+        if fd < 0:
+            self._twins.append((spot, origin, name, meta))
+            return
         try:
             _dress(fd, meta)
         except OSError:
             os.close(fd)
             raise
-        self._news.append((fd, spot, spare, f"{name[:2]}/{name}"))
+        self._news.append((fd, spot, origin[1], f"{name[:2]}/{name}"))
         if len(self._news) >= _OBJECTS_A_WINDOW:
-            self._flush()
+            self._enter_news()
 
-    def _is_spare(self, name: str) -> bool:
-        """Whether what has arrived is not a file of the guest's own already."""
-        with suppress(FileNotFoundError):
-            found = os.stat(name, dir_fd=self._area.arrived_fd, follow_symlinks=False)
-            return found.st_nlink == 1
-        return False
+    def _open_spare(self, name: str) -> int:
+        """What has arrived; -1 where it is a file of the guest's own already, or gone."""
+        try:
+            fd = os.open(name, inode.OPEN_TO_READ, dir_fd=self._area.arrived_fd)
+        except FileNotFoundError:
+            return -1
+        if os.fstat(fd).st_nlink == 1:
+            return fd
+        os.close(fd)
+        return -1
 
-    def _flush(self) -> None:
-        for _ in self._flush_each():
-            pass
-
-    def _flush_each(self) -> Iterator[None]:
+    def _flush(self) -> Iterator[None]:
         """Make all that is noted; yields after each batch of windows."""
-        news, self._news = self._news, []
-        links, self._links = self._links, []
-        if news:
-            links = self._enter_pool(news) + links
+        if self._news or self._twins:
+            self._enter_all()
             yield
+        links, self._links = self._links, []
         for start in range(0, len(links), _OBJECTS_A_WINDOW):
             self._link_all(links[start : start + _OBJECTS_A_WINDOW])
             yield
-        self._windows_opened = True
+
+    def _enter_all(self) -> None:
+        """Let all that is to be an object be one. Twins come last, since the others are what they
+        are copied from; and all of them are on disk before one has its name.
+        """
+        self._enter_news()
+        twins, self._twins = self._twins, []
+        copied = self._copy_twins(twins)
+        if copied:
+            syscalls.syncfs(self._area.fd)
+        for spot, name, spare in copied:
+            try:
+                fd = os.open(spare, inode.OPEN_TO_READ, dir_fd=self._area.arrived_fd)
+            except OSError as error:
+                self._note(spot, error)
+                continue
+            self._news.append((fd, spot, spare, f"{name[:2]}/{name}"))
+            if len(self._news) >= _OBJECTS_A_WINDOW:
+                self._enter_news()
+        self._enter_news()
+
+    def _copy_twins(self, twins: Sequence[_Twin]) -> list[tuple[Spot, str, str]]:
+        """Spot, the object's name and the copy's name in `arrived` of each that could be made."""
+        spares: dict[str, str] = {}
+        copied = []
+        for spot, origin, name, meta in twins:
+            spare = f"object-{spot[0]}"
+            known = spares.get(origin[1]) if origin[0] == "object" else None
+            try:
+                source_fd = self._open_origin(origin if known is None else ("arrived", known))
+                try:
+                    self._copy(source_fd, self._area.arrived_fd, spare, meta)
+                finally:
+                    os.close(source_fd)
+            except OSError as error:
+                self._note(spot, error)
+                continue
+            spares[name] = spare
+            copied.append((spot, name, spare))
+        return copied
+
+    def _enter_news(self) -> None:
+        news, self._news = self._news, []
+        if news:
+            self._links += self._enter_pool(news)
+            self._windows_opened = True
 
     def _enter_pool(self, news: Sequence[_New]) -> list[tuple[Spot, str]]:
         """Give the files their names in the pool, a first link, and the immutable flag.
@@ -430,9 +466,14 @@ def _dress(fd: int, meta: Meta) -> None:
 
 def _check_metadata(fd: int, name: str) -> None:
     """What is to be an object has all that its name says. Its content was read when it arrived."""
-    identity, _ = parse_object(name)
     status = os.fstat(fd)
-    found = (status.st_size, status.st_mode, status.st_uid, status.st_gid, status.st_mtime_ns)
-    wanted = (identity.size, identity.mode, identity.uid, identity.gid, identity.mtime_ns)
-    if found != wanted or digest_xattrs(fd) != identity.xattrs:
+    found = state_metadata(
+        status.st_size,
+        status.st_mode,
+        status.st_uid,
+        status.st_gid,
+        status.st_mtime_ns,
+        digest_xattrs(fd),
+    )
+    if found != find_metadata(name):
         raise OSError(errno.EINVAL, "the file system does not keep its metadata")

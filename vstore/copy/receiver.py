@@ -10,11 +10,9 @@ import logging
 import os
 import secrets
 import stat
-import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
-from typing import Any, BinaryIO, Final
+from typing import Final
 
 import msgspec
 from blake3 import blake3
@@ -23,6 +21,7 @@ from vstore.copy import blocks, placer
 from vstore.copy.area import Area
 from vstore.copy.batches import OpenBatch, Tally
 from vstore.copy.choice import Chooser, meta_of
+from vstore.copy.dressing import Undressed
 from vstore.copy.incoming import Incoming
 from vstore.copy.listing import Listing
 from vstore.copy.manifest import Row, unpack_parts
@@ -43,6 +42,7 @@ from vstore.copy.messages import (
 )
 from vstore.copy.pins import Pins
 from vstore.copy.policy import Policy
+from vstore.copy.sharing import Sharing
 from vstore.errors import NoSpace
 from vstore.folders import join
 from vstore.pool import Pool
@@ -53,7 +53,9 @@ log = logging.getLogger(__name__)
 
 _STEPS_A_JOB: Final = 1000
 _BYTES_A_JOB: Final = 48 << 20
-_HELD_S: Final = 1.0
+_STEPS_AT_MOST: Final = 8000  # that wait for the worker
+_JOBS_AHEAD: Final = 2  # given to the worker: one in work, one waiting
+_POLL_S: Final = 0.002
 _FOLDERS_A_JOB: Final = 500
 _MARGIN: Final = 16 << 20  # bytes that stay free
 _OTHER_CONTENT: Final = "what arrived is not what the manifest says: its digest is another one"
@@ -95,19 +97,17 @@ class Receiver:
         self._next_batch = 0
         self._ready: list[placer.Step] = []
         self._ready_bytes = 0
+        self._ready_pins: list[str] = []
         self._incoming = None if area is None else Incoming(area, self._chooser)
         self._pins: Pins | None = None
         self._given = 0  # jobs that the worker has not done
-        self._lock = ExitStack()
-        self._is_held = False
-        self._held_until = 0.0
-        self._folders: BinaryIO = tempfile.TemporaryFile()  # noqa: SIM115
-        self._folder_count = 0
+        self._sharing = Sharing(pool)
+        self._folders = Undressed()
         self.tally = Tally()
         self.end: End | None = None
 
     def close(self) -> None:
-        self._lock.close()
+        self._sharing.let_go()
         self._chooser.close()
         self._folders.close()
         if self._incoming is not None:
@@ -131,22 +131,20 @@ class Receiver:
 
     # --- the pool's lock, which the worker works under too
 
-    def _hold(self) -> None:
-        """Hold the pool, where there is one, together with others."""
-        if not self._is_held and self._pool is not None:
-            self._lock.enter_context(self._pool.share())
-            self._held_until = time.monotonic() + _HELD_S
-            self._is_held = True
-
     def _let_go(self) -> Iterator[None]:
         """Let the pool go once the worker is done: a None for each time that it is not.
 
         Nobody waits for the lock while the worker waits for us: its leases go through our hands.
         """
-        while self._given:
+        yield from self._await_worker(0)
+        self._sharing.let_go()
+
+    def _await_worker(self, most: int) -> Iterator[None]:
+        """Wait until the worker has `most` jobs; what comes in meanwhile is not looked at."""
+        while self._given > most:
             yield None
-        self._lock.close()
-        self._is_held = False
+            if self._given > most and self._dialogue.channel.has_frames:
+                time.sleep(_POLL_S)
 
     def _receive_into(self, area: Area, pool: Pool) -> None:
         with pool.stage(1) as (pin_fd,):
@@ -159,14 +157,19 @@ class Receiver:
                     )
                     crew = worker.__enter__()
                 try:
-                    for pins, answer in crew.map(self._count_given(self._jobs())):
+                    answers = crew.map(
+                        self._count_given(self._jobs()),
+                        ahead=_JOBS_AHEAD + 1,
+                        wake_fd=self._dialogue.channel.inbox_fd,
+                    )
+                    for pins, answer in answers:
                         self._take_answer(pins, answer)
                 except BaseException as error:
                     worker.__exit__(type(error), error, error.__traceback__)
                     raise
                 worker.__exit__(None, None, None)
             finally:
-                self._lock.close()
+                self._sharing.let_go()
                 self._pins.drop_all()
 
     def _take_answer(self, pins: list[str], answer: placer.Answer) -> None:
@@ -180,24 +183,42 @@ class Receiver:
             self._pins.drop(pins)
 
     def _jobs(self) -> Iterator[_Job | None]:
-        """What the worker has to do, as it comes; None where it has to catch up first."""
+        """What the worker has to do, as it comes; None where there is nothing for it now.
+
+        It gets all that is ready once it has nothing else to do. While it works, and waits for the
+        disk, more is taken in here.
+        """
         while self.end is None:
             message = self._dialogue.poll()
-            if message is None or time.monotonic() > self._held_until:
+            if message is None and (self._given or self._ready):
+                yield self._take_job(is_waiting=True)
+                continue
+            if message is None or self._sharing.is_over():
                 yield from self._let_go()
             if message is None:
                 message = self._dialogue.receive()
-            self._hold()
+            self._sharing.take()
             if isinstance(message, Batch):
-                yield from self._take_batch(message)
+                self._take_batch(message)
             elif isinstance(message, Served):
-                yield from self._close_batch(message.batch)
+                self._close_batch(message.batch)
             else:
                 self._take_other(message)
-            if len(self._ready) >= _STEPS_A_JOB or self._ready_bytes >= _BYTES_A_JOB:
-                yield self._take_ready(), []
+            if len(self._ready) > _STEPS_AT_MOST:
+                yield from self._await_worker(_JOBS_AHEAD - 1)
+            job = self._take_job(is_waiting=False)
+            if job is not None or self._given:
+                yield job
         yield from self._finish_jobs()
         yield from self._let_go()
+
+    def _take_job(self, *, is_waiting: bool) -> _Job | None:
+        """What is ready, if it is to be given to the worker now."""
+        is_enough = len(self._ready) >= _STEPS_A_JOB or self._ready_bytes >= _BYTES_A_JOB
+        is_due = is_enough or (is_waiting and not self._given)
+        if not self._ready or not is_due or self._given >= _JOBS_AHEAD:
+            return None
+        return self._take_ready()
 
     def _count_given(self, jobs: Iterator[_Job | None]) -> Iterator[_Job | None]:
         for job in jobs:
@@ -218,17 +239,17 @@ class Receiver:
         else:
             raise Hostile(f"{type(message).__name__} while a guest is received")
 
-    def _take_ready(self) -> list[placer.Step]:
-        ready, self._ready, self._ready_bytes = self._ready, [], 0
-        return ready
+    def _take_ready(self) -> _Job:
+        job = self._ready, self._ready_pins
+        self._ready, self._ready_bytes, self._ready_pins = [], 0, []
+        return job
 
     def _finish_jobs(self) -> Iterator[_Job]:
         if self._area is None:
             return
-        yield self._take_ready(), []
-        self._folders.seek(0)
+        yield self._take_ready()
         steps: list[placer.Step] = []
-        for path, meta in _load_folders(self._folders, self._folder_count):
+        for path, meta in self._folders.take():
             steps.append((placer.FINISH, (0, path, b""), meta))
             if len(steps) >= _FOLDERS_A_JOB:
                 yield steps, []
@@ -245,7 +266,7 @@ class Receiver:
 
     # --- the manifest
 
-    def _take_batch(self, message: Batch) -> Iterator[_Job]:
+    def _take_batch(self, message: Batch) -> None:
         if message.number != self._next_batch or message.first != self._next_row:
             raise Hostile(f"batch {message.number} where {self._next_batch} is next")
         if len(self._open) > BATCHES_AHEAD + 1:
@@ -270,11 +291,14 @@ class Receiver:
         steps = self._decide_all(batch)
         self._send_want(batch)
         if self._area is not None:
-            yield self._take_ready() + steps, [] if batch.proven else self._take_pins(batch)
+            self._ready += steps
+            if not batch.proven:
+                self._pass_pins(batch)
 
-    def _take_pins(self, batch: OpenBatch) -> list[str]:
-        pins, batch.pins = batch.pins, []
-        return pins
+    def _pass_pins(self, batch: OpenBatch) -> None:
+        """The batch's pins last until what is ready now has been done."""
+        self._ready_pins += batch.pins
+        batch.pins = []
 
     def _decide_all(self, batch: OpenBatch) -> list[placer.Step]:
         """What can be made at once; the batch notes what is wanted, and what comes later."""
@@ -304,7 +328,8 @@ class Receiver:
         is_group = place in batch.groups
         self.tally.made += 1
         if stat.S_ISDIR(row.mode):
-            self._keep_folder(path, meta)
+            if self._area is not None:
+                self._folders.put(path, meta)
             return (placer.DIR, spot)
         if row.link >= 0:
             self.tally.files += stat.S_ISREG(row.mode)
@@ -330,12 +355,6 @@ class Receiver:
             self.tally.left_out.append((join(spot[1], spot[2])[:4000], reason))
             return None
         return (placer.NODE, spot, row.rdev, meta, is_group)
-
-    def _keep_folder(self, path: bytes, meta: placer.Meta) -> None:
-        if self._area is not None:
-            packed = msgspec.msgpack.encode((path, meta))
-            self._folders.write(len(packed).to_bytes(4, "big") + packed)
-            self._folder_count += 1
 
     # --- where a file's content comes from
 
@@ -433,7 +452,7 @@ class Receiver:
         batch.are_proven = True
         batch.later += [place for place, _ in batch.proven]
 
-    def _close_batch(self, number: int) -> Iterator[_Job]:
+    def _close_batch(self, number: int) -> None:
         batch = self._open.get(number)
         if batch is None or number != min(self._open):
             raise Hostile(f"the end of batch {number}, which is not the next one")
@@ -442,13 +461,12 @@ class Receiver:
             raise Hostile("less than was asked for")
         del self._open[number]
         if not is_dry:
-            steps = self._take_ready()
             pinned: list[int] = []
             for place in sorted(batch.later):
                 step = self._decide_later(batch, place, pinned)
-                steps += [step] if step is not None else []
+                self._ready += [step] if step is not None else []
             self._pin(batch, pinned)
-            yield steps, self._take_pins(batch)
+            self._pass_pins(batch)
         self._progress.note(self.tally.files, self.tally.size - self.tally.lacking)
         self._progress.advance(sum(row.size for _, row in batch.rows))
 
@@ -475,12 +493,3 @@ class Receiver:
     def _pin(self, batch: OpenBatch, numbers: list[int]) -> None:
         if self._pins is not None and numbers:
             batch.pins += self._pins.set(numbers)
-
-
-def _load_folders(spool: BinaryIO, count: int) -> Iterator[tuple[bytes, Any]]:
-    """Folders with what they are to be like. None is touched by what is made in another's."""
-    for _ in range(count):
-        length = int.from_bytes(spool.read(4), "big")
-        path, meta = msgspec.msgpack.decode(spool.read(length))
-        mode, uid, gid, mtime_ns, xattrs = meta
-        yield path, (mode, uid, gid, mtime_ns, [(bytes(a), bytes(b)) for a, b in xattrs])

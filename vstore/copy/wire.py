@@ -82,6 +82,8 @@ class Channel:
         self._inbox_bytes = 0
         self._outbox: deque[tuple[int, bytes]] = deque()
         self._outbox_bytes = 0
+        self.inbox_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        """Can be read while `poll` has something to give, or to raise."""
         self._is_idle = True  # nothing is being written
         self._failure: ToolError | None = None  # nothing can be sent any more
         self._last_word: ToolError | None = None  # nothing more is read
@@ -122,6 +124,11 @@ class Channel:
             self._raise_last_word()
             return None
 
+    @property
+    def has_frames(self) -> bool:
+        """Whether a frame is there."""
+        return bool(self._inbox)
+
     def flush(self) -> None:
         """Wait until all that is queued has been written. Raises ConnectionLost."""
         with self._lock:
@@ -144,6 +151,7 @@ class Channel:
                 f"{self.peer}: the connection is closed"
             )
             self._lock.notify_all()
+            os.close(self.inbox_fd)
         self._writer.join(1)
 
     def _leave(self) -> None:
@@ -157,6 +165,8 @@ class Channel:
     def _take(self) -> tuple[int, bytes]:
         frame = self._inbox.popleft()
         self._inbox_bytes -= len(frame[1])
+        if not (self._inbox or self._last_word or self._is_closed):
+            os.eventfd_read(self.inbox_fd)
         self._lock.notify_all()
         return frame
 
@@ -174,7 +184,13 @@ class Channel:
             self._failure = self._failure or failure
             if is_read:
                 self._last_word = self._last_word or failure
+                self._show_inbox()
             self._lock.notify_all()
+
+    def _show_inbox(self) -> None:
+        """Something is to be taken now. Under the lock."""
+        if not self._is_closed:
+            os.eventfd_write(self.inbox_fd, 1)
 
     # --- reading
 
@@ -199,6 +215,8 @@ class Channel:
         with self._lock:
             while self._inbox_bytes > _READ_AHEAD and not self._is_closed:
                 self._lock.wait()
+            if not self._inbox:
+                self._show_inbox()
             self._inbox.append((kind, body))
             self._inbox_bytes += len(body)
             self._lock.notify_all()
