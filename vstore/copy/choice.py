@@ -100,6 +100,8 @@ class Chooser:
 
     def find_object(self, row: Row, pinned: list[int]) -> str:
         """An object of this content that is there now, at best the very one; "" for none."""
+        if not self._shelf.has_content(row.digest):
+            return ""
         for name in self._shelf.list_same(row.digest, row.identity().name(0)[3:]):
             if self._is_there(name, pinned):
                 return name
@@ -122,8 +124,7 @@ class Chooser:
         spot, row = wish.spot, wish.row
         if not wish.may_share or self._area is None or not can_be_object(row, min_size=_MIN_SIZE):
             return (placer.OWN, spot, origin, wish.meta, wish.is_group)
-        identity = row.identity()
-        name = identity.name(self._shelf.take_turn(identity))[3:]
+        name = self._shelf.take_name(row.identity())
         if self._shelf.knows(name) and self._is_there(name, pinned):
             return (placer.LINK, spot, name)
         self._shelf.add(name)

@@ -10,7 +10,7 @@ from typing import Final, NamedTuple
 from vstore import index
 from vstore.pool import Pool
 
-_FRESH_AT_ONCE: Final = 1000
+_FRESH_AT_ONCE: Final = 20_000  # rows: each time the disk is waited for
 _INODES_AT_ONCE: Final = 500
 _ALL_AT_ONCE: Final = 50_000  # rows of the index, of some 400 bytes each
 _SEEN: Final = 50_000

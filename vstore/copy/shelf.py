@@ -87,6 +87,10 @@ class Shelf:
         """Whether `add` told of it."""
         return self._names.get(name) == _OURS
 
+    def has_content(self, digest: bytes) -> bool:
+        """Whether there is an object of this content."""
+        return self._same.get(digest) is not None
+
     def list_same(self, digest: bytes, first: str) -> Iterator[str]:
         """The names of objects of this content, that of the name `first` before the others."""
         known = self._same.get(digest)
@@ -96,12 +100,14 @@ class Shelf:
             yield first
         yield from (name for name in known.split(" ") if name != first)
 
-    def take_turn(self, identity: Identity) -> int:
-        """How many files of this run had this identity before: the number of this one's object."""
-        key = identity.name(0)
-        times = self._uses.get(key) or 0
-        self._uses.put(key, times + 1)
-        return times
+    def take_name(self, identity: Identity) -> str:
+        """The name of the object for the next file of this identity: its number is how many there
+        were before in this run.
+        """
+        first = identity.name(0)[3:]
+        times = self._uses.get(first) or 0
+        self._uses.put(first, times + 1)
+        return identity.name(times)[3:] if times else first
 
     def ask(self, digest: bytes) -> bool:
         """Whether this content is asked for now for the first time; it is noted as asked for."""
