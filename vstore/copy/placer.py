@@ -81,7 +81,7 @@ class Placer:
 
     def serve(self, job: list[Step]) -> Iterator[Answer]:
         """Carry the steps out, in their order. Our parent holds the pool."""
-        if any(step[0] == NEW for step in job):
+        if any(step[0] == NEW and step[2][0] == "arrived" for step in job):
             syscalls.syncfs(self._area.fd)
         for kind, spot, *what in job:
             try:
