@@ -5,15 +5,17 @@ import os
 import shutil
 import stat
 import subprocess
+from pathlib import Path
 
 import pytest
 
 from tests.conftest import Tool
-from tests.fixtures.filesystems import Site, is_immutable
+from tests.fixtures.filesystems import Site, has_tools, is_immutable
 from tests.fixtures.guests import SMALL, install
 from tests.fixtures.hostile import deep_path, odd_tree
 from tests.fixtures.probes import need, on
 from tests.fixtures.runs import find_faults, list_objects
+from tests.fixtures.sshd import PROGRAM
 from tests.fixtures.trees import (
     COPY_MAY_DIFFER,
     EPOCH_NS,
@@ -120,6 +122,27 @@ def test_what_is_equal_in_both_is_one_inode(site: Site, tool: Tool) -> None:
     assert len(shared) > 8
     # Twins are as many inodes as they were, whichever of them is which.
     assert {after[path].inode for path in shared} == {before[path].inode for path in shared}
+
+
+def test_objects_that_are_copies_are_on_disk_before_their_names_and_wait_for_it_together(
+    site: Site,
+) -> None:
+    """As strace(1) shows: of equal files of other times only the first one arrives."""
+    if not has_tools("strace"):
+        pytest.skip("strace is not installed")
+    site.add_guest("web", [File(f"{time}", b"same" * 99, mtime_ns=time) for time in range(100)])
+    trace = site.filesystem.folder / "trace"
+    calls = "trace=openat,renameat2,syncfs,fdatasync"
+    command: list[str | Path] = ["strace", "-f", "-qq", "-e", calls, "-o", trace]
+    command += [PROGRAM, "-q", "web", "copy"]
+    subprocess.run(command, check=True, timeout=100)
+    lines = trace.read_text().splitlines()
+    made = [at for at, line in enumerate(lines) if '"object-' in line and "O_CREAT" in line]
+    named = [at for at, line in enumerate(lines) if '"object-' in line and "renameat2(" in line]
+    waits = [at for at, line in enumerate(lines) if "sync" in line and "resumed" not in line]
+    assert len(made) == len(named) == 99
+    assert any(made[-1] < at < named[0] for at in waits)
+    assert len(waits) < len(named) / 2
 
 
 def test_sockets_devices_without_leave_and_mounts_stay_behind(site: Site, tool: Tool) -> None:
