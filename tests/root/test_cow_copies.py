@@ -5,7 +5,6 @@ import mmap
 import os
 import signal
 import socket
-import subprocess
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -18,7 +17,7 @@ from tests.fixtures.filesystems import Filesystem, Site, is_immutable, make_site
 from tests.fixtures.filesystems import private_folder as private
 from tests.fixtures.probes import need, on
 from tests.fixtures.trees import acl, capability
-from tests.fixtures.windows import CONTENT, Shared, broken_lease, shared_file
+from tests.fixtures.windows import CONTENT, Shared, attacked_once, broken_lease, shared_file
 from vrun.cow import breaking, supervisor
 from vrun.cow.keeping import Supervision
 from vstore import inode, window
@@ -168,32 +167,11 @@ def test_other_ways_to_change_a_file(site: Site, way: str) -> None:
         assert shared.web.samefile(shared.object) == bool(expected)
 
 
-def _attack_first_copy(shared: Shared, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While the first copy is filled, somebody changes the object in another program's window,
-    which is put back at its end.
-    """
-    fill, times = breaking.fill, iter(range(1))
-
-    def fill_meanwhile(shop: breaking.Workshop, shared_fd: int, copy_fd: int) -> None:
-        if next(times, None) is None:
-            fill(shop, shared_fd, copy_fd)
-            return
-        subprocess.run(["chattr", "-i", shared.object], check=True)
-        os.setxattr(shared.object, "user.evil", b"1")
-        shared.object.chmod(0o4777)
-        fill(shop, shared_fd, copy_fd)
-        os.removexattr(shared.object, "user.evil")
-        shared.object.chmod(0o644)
-        subprocess.run(["chattr", "+i", shared.object], check=True)
-
-    monkeypatch.setattr(breaking, "fill", fill_meanwhile)
-
-
 def test_a_copy_never_has_what_was_changed_in_the_window_of_another_program(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with shared_file(site) as shared:
-        _attack_first_copy(shared, monkeypatch)
+        monkeypatch.setattr(breaking, "fill", attacked_once(shared, breaking.fill))
         in_guest(site.pool, site.root("web"), lambda: Path("/conf").open("r+b").close())
         assert shared.web.read_bytes() == CONTENT
         assert not shared.web.samefile(shared.object)
@@ -218,7 +196,7 @@ def _open_and_delete() -> int:
 
 def test_nor_has_the_copy_of_a_deleted_file(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     with shared_file(site) as shared:
-        _attack_first_copy(shared, monkeypatch)
+        monkeypatch.setattr(breaking, "fill", attacked_once(shared, breaking.fill))
         found = in_guest(site.pool, site.root("web"), _look_after_touch)
         assert found == (0o644, [], CONTENT)
         assert shared.is_untouched()

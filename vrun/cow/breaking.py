@@ -242,13 +242,8 @@ def _is_faithful(shop: Workshop, shared_fd: int, copy_fd: int) -> bool:
 
     An inode without any name is no object any more, and has no name that could say how it looks.
     """
-    shared, copy = os.fstat(shared_fd), os.fstat(copy_fd)
-    return (
-        (not shared.st_nlink or shop.objects.is_sound(shared_fd))
-        and (copy.st_mode, copy.st_uid, copy.st_gid, copy.st_mtime_ns)
-        == (shared.st_mode, shared.st_uid, shared.st_gid, shared.st_mtime_ns)
-        and inode.load_xattrs(copy_fd) == inode.load_xattrs(shared_fd)
-    )
+    is_object = not os.fstat(shared_fd).st_nlink or shop.objects.is_sound(shared_fd)
+    return is_object and inode.is_owned_like(copy_fd, shared_fd)
 
 
 def _swap(stage_fd: int, spare: bytes, folder_fd: int, target: Target) -> None:
