@@ -49,6 +49,14 @@ def make_private_copy(source_fd: int, folder_fd: int) -> int:
     return fd
 
 
+def correct_copy(copy_fd: int, source_fd: int) -> None:
+    """Give a copy the metadata of its source, which is guarded now, once more if they differ: while
+    they were copied an attack on them may have met another program's window. Raises OSError.
+    """
+    if not inode.is_owned_like(copy_fd, source_fd):
+        inode.copy_ownership(os.fstat(source_fd), inode.load_xattrs(source_fd), copy_fd)
+
+
 @dataclass(slots=True)
 class _Copy:
     """A name on its way to a private copy:
@@ -165,6 +173,7 @@ class Breaker:
 
     def _replace(self, folder_fd: int, copy: _Copy, fd: int) -> str:
         try:
+            self._correct(copy, fd)
             with self._windows.thawed(fd):
                 now = os.stat(copy.name, dir_fd=folder_fd, follow_symlinks=False)
                 if now.st_ino != copy.ino:
@@ -173,6 +182,13 @@ class Breaker:
         except OSError as error:
             return _explain(error)
         return BROKEN
+
+    def _correct(self, copy: _Copy, fd: int) -> None:
+        copy_fd = os.open(copy.spare, inode.OPEN_TO_READ, dir_fd=self._stage_fd)
+        try:
+            correct_copy(copy_fd, fd)
+        finally:
+            os.close(copy_fd)
 
 
 @contextmanager

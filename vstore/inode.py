@@ -219,3 +219,11 @@ def copy_ownership(source: os.stat_result, xattrs: Mapping[bytes, bytes], target
     if os.fstat(target_fd).st_mode != source.st_mode:  # an ACL's mask stands in the group bits
         os.fchmod(target_fd, source.st_mode & 0o7777)
     os.utime(target_fd, ns=(source.st_atime_ns, source.st_mtime_ns))
+
+
+def is_owned_like(fd: int, source_fd: int) -> bool:
+    """Whether the inode behind `fd` has what `copy_ownership` gives, but for the access time."""
+    one, source = os.fstat(fd), os.fstat(source_fd)
+    return (one.st_mode, one.st_uid, one.st_gid, one.st_mtime_ns) == (
+        *(source.st_mode, source.st_uid, source.st_gid, source.st_mtime_ns),
+    ) and load_xattrs(fd) == load_xattrs(source_fd)

@@ -10,7 +10,7 @@ import logging
 import os
 import time
 from collections.abc import Container, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from vstore import freezer, inode, lease
 from vstore.digest import digest_content
@@ -31,22 +31,20 @@ _LEASE_PAUSE_S = 0.01
 _EVERYTHING = range(1 << 64)
 
 
-def recover(pool: Pool, windows: Windows | None = None) -> bool:
+def recover(pool: Pool, windows: Windows) -> bool:
     """Settle every stage folder that its program left behind; whether all of them are. The pool's
     lock is held, shared or not.
 
-    `windows` as for `settle_stage`. Raises OSError where the stage itself cannot be read.
+    `windows` make notes of their own: those that are found go before the leases do. Raises OSError
+    where the stage itself cannot be read.
     """
-    try:
-        stage = os.open("stage", inode.OPEN_FOLDER, dir_fd=pool.fd)
-    except FileNotFoundError:
-        return True
-    try:
-        names = os.listdir(stage)  # noqa: PTH208 - a descriptor
-    finally:
-        os.close(stage)
-    with _opened(pool, windows) as opened:
-        return all([_recover_folder(pool, f"stage/{name}", opened) for name in names])
+    is_complete = True
+    with leftovers(pool) as found:
+        for left in found:
+            for _ in left.settle(windows):
+                pass
+            is_complete &= left.remove()
+    return is_complete
 
 
 def settle_stage(
@@ -61,17 +59,20 @@ def settle_stage(
     """
     settling = _Settling(pool, stage_fd)
     settling.freeze_leased(leased)
-    with settling.step("the stage cannot be read"), _opened(pool, windows) as opened:
-        settling.read_stage(opened)
-        settling.settle_objects(opened)
-        settling.remove_spares(opened)
+    with settling.step("the stage cannot be read"), _opened(pool, windows, settling) as opened:
+        for _ in settling.carry_out(opened):
+            pass
+    return settling.remove_notes()
+
+
+def close_windows(pool: Pool, leased: Sequence[int]) -> None:
+    """Freeze the objects among the inodes whose leases the keeper of a dead worker still holds. The
+    notes of that are somebody else's, and stay.
+    """
+    settling = _Settling(pool, -1)
+    settling.freeze_leased(leased)
+    with settling.step("leases cannot be kept"), _opened(pool, None, settling) as opened:
         settling.let_linger(opened)
-    settling.thaw_guests()
-    if settling.is_complete:
-        with settling.step("the stage cannot be emptied"):
-            for name in settling.intents:
-                os.unlink(name, dir_fd=stage_fd)
-    return settling.is_complete
 
 
 def is_sound(name: str, fd: int) -> bool:
@@ -95,9 +96,9 @@ def is_put_right(windows: Windows, name: str, fd: int, *, is_trusted: bool = Fal
 
 
 @contextmanager
-def _opened(pool: Pool, windows: Windows | None) -> Iterator[Windows]:
+def _opened(pool: Pool, windows: Windows | None, settling: "_Settling") -> Iterator[Windows]:
     """These windows, or else some of this process that nobody keeps, and that make no intents:
-    there is one already.
+    there is one already, which stays if they have doubts.
     """
     if windows is not None:
         yield windows
@@ -107,6 +108,7 @@ def _opened(pool: Pool, windows: Windows | None) -> Iterator[Windows]:
         yield windows
     finally:
         windows.close()
+        settling.is_complete &= not windows.has_doubts
 
 
 def _has_metadata(identity: Identity, fd: int) -> bool:
@@ -142,6 +144,23 @@ class _Settling:
         except (OSError, ValueError, ToolError) as error:
             self.is_complete = False
             log.warning("%s: %s: %s", self.pool.path, what, error)
+
+    def carry_out(self, windows: Windows) -> Iterator[None]:
+        """All of it but the last: the notes stay. Gives the caller a turn after every object."""
+        with self.step("the stage cannot be read"):
+            self.read_stage(windows)
+            yield from self.settle_objects(windows)
+            self.remove_spares(windows)
+            self.let_linger(windows)
+        self.thaw_guests()
+
+    def remove_notes(self) -> bool:
+        """The last step, if all others could be taken; whether that is so."""
+        if self.is_complete:
+            with self.step("the stage cannot be emptied"):
+                for name in self.intents:
+                    os.unlink(name, dir_fd=self.stage_fd)
+        return self.is_complete
 
     def freeze_leased(self, leased: Sequence[int]) -> None:
         """Freeze the objects among the leased inodes, those first that nobody has locked."""
@@ -191,13 +210,14 @@ class _Settling:
             else:
                 self._spares.append(name)
 
-    def settle_objects(self, windows: Windows) -> None:
+    def settle_objects(self, windows: Windows) -> Iterator[None]:
         if not self._numbers:
             return
         for name, number in self.pool.list_objects():
             if number in self._numbers:
                 with self.step(f"object {name} cannot be settled"):
                     _settle_object(self.pool, windows, name, is_trusted=number in self._trusted)
+                yield
 
     def remove_spares(self, windows: Windows) -> None:
         for name in self._spares:
@@ -292,36 +312,85 @@ def _remove_spare(windows: Windows, stage_fd: int, name: str, trusted: Container
                 os.unlink(name, dir_fd=stage_fd)
 
 
-def _recover_folder(pool: Pool, name: str, windows: Windows) -> bool:
-    try:
-        top = os.open(name, inode.OPEN_FOLDER, dir_fd=pool.fd)
-    except OSError:
-        return True  # its program has just removed it
-    try:
-        fcntl.flock(top, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not _empty_folder(pool, top, windows):
-            return False
-        os.rmdir(name, dir_fd=pool.fd)
-        log.info("%s/%s: left by a program that was killed; put right", pool.path, name)
-    except (BlockingIOError, FileNotFoundError):
-        pass  # its program lives, or has just removed it
-    except OSError as error:
-        log.warning("%s/%s: cannot be put right: %s", pool.path, name, error.strerror)
-        return False
-    finally:
-        os.close(top)
-    return True
+class Leftover:
+    """A stage folder that its program has left behind, locked."""
 
+    def __init__(self, pool: Pool, name: str, fd: int) -> None:
+        self._pool = pool
+        self._name = name
+        self._fd = fd
+        self._parts: list[tuple[str, _Settling]] = []
+        self._is_readable = True
 
-def _empty_folder(pool: Pool, top: int, windows: Windows) -> bool:
-    is_complete = True
-    for part in _list_folder(top):
-        stage_fd = os.open(part, inode.OPEN_FOLDER, dir_fd=top)
+    def settle(self, windows: Windows) -> Iterator[None]:
+        """Settle all that is in it, but leave the notes of that. Gives the caller a turn after
+        every object.
+        """
         try:
-            is_settled = settle_stage(pool, stage_fd, windows=windows)
-        finally:
-            os.close(stage_fd)
-        if is_settled:
-            os.rmdir(part, dir_fd=top)
-        is_complete &= is_settled
-    return is_complete
+            for part in _list_folder(self._fd):
+                fd = os.open(part, inode.OPEN_FOLDER, dir_fd=self._fd)
+                self._parts.append((part, _Settling(self._pool, fd)))
+        except OSError as error:
+            self._complain(error)
+        for _, settling in self._parts:
+            yield from settling.carry_out(windows)
+
+    def remove(self) -> bool:
+        """Remove the notes of what is settled, and the folder when it is empty; whether it is."""
+        is_complete = self._is_readable
+        try:
+            for part, settling in self._parts:
+                if settling.remove_notes():
+                    os.rmdir(part, dir_fd=self._fd)
+                is_complete &= settling.is_complete
+            if is_complete:
+                os.rmdir(self._name, dir_fd=self._pool.fd)
+                log.info("%s/%s: left by a killed program; put right", self._pool.path, self._name)
+        except OSError as error:
+            self._complain(error)
+        return is_complete and self._is_readable
+
+    def close(self) -> None:
+        for fd in (*(settling.stage_fd for _, settling in self._parts), self._fd):
+            os.close(fd)
+
+    def _complain(self, error: OSError) -> None:
+        self._is_readable = False
+        path = f"{self._pool.path}/{self._name}"
+        log.warning("%s: cannot be put right: %s", path, error.strerror)
+
+
+@contextmanager
+def leftovers(pool: Pool) -> Iterator[list[Leftover]]:
+    """The stage folders whose programs are dead. Raises OSError where the stage itself cannot be
+    read.
+    """
+    with ExitStack() as stack:
+        try:
+            fd = os.open("stage", inode.OPEN_FOLDER, dir_fd=pool.fd)
+        except FileNotFoundError:
+            yield []
+            return
+        stack.callback(os.close, fd)
+        found = []
+        for name in os.listdir(fd):  # noqa: PTH208 - a descriptor
+            left = _lock_left(pool, f"stage/{name}")
+            if left is not None:
+                stack.callback(left.close)
+                found.append(left)
+        yield found
+
+
+def _lock_left(pool: Pool, name: str) -> Leftover | None:
+    """None: its program lives, or has just removed it."""
+    try:
+        fd = os.open(name, inode.OPEN_FOLDER, dir_fd=pool.fd)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.stat(name, dir_fd=pool.fd, follow_symlinks=False)
+    except OSError:
+        os.close(fd)
+        return None
+    return Leftover(pool, name, fd)

@@ -91,7 +91,7 @@ def _turn_away(fd: int, pids: list[int], met: dict[int, Attack], deadline: float
         if others:
             _restart_elsewhere(fd, others, deadline)
             met.update({pid: attacks[pid] for pid in others})
-        _wait_for(fd, waiting, deadline)
+        _wait_for(fd, waiting - others.keys(), deadline)  # those may have come again
     finally:
         for handle in handles.values():
             os.close(handle)

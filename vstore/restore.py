@@ -16,7 +16,7 @@ from itertools import groupby
 from typing import Final
 
 from vstore import inode, syscalls
-from vstore.breaklink import make_private_copy
+from vstore.breaklink import correct_copy, make_private_copy
 from vstore.errors import NotPermitted
 from vstore.folders import Missed, join, list_shared
 from vstore.hold import Held
@@ -340,23 +340,27 @@ class _Maker:
     def _make_all(self, folder_fd: int, wanted: Sequence[Wanted]) -> list[str]:
         outcomes: dict[int, str] = {}
         opened: dict[int, int] = {}
+        copies: dict[int, int] = {}
         with ExitStack() as stack:
-            for place, (name, path, ino, is_copy) in enumerate(wanted):
+            for place, (_, path, ino, is_copy) in enumerate(wanted):
                 try:
                     if ino not in opened:
                         opened[ino] = self._open(path, ino)
                     if is_copy:
-                        outcomes[place] = self._copy(folder_fd, name, opened[ino])
+                        copies[place] = make_private_copy(opened[ino], folder_fd)
+                        stack.callback(os.close, copies[place])
                 except OSError as error:
                     outcomes[place] = _explain(error)
             refused = stack.enter_context(self._windows.guard(list(opened.values())))
             for place, (name, path, ino, _) in enumerate(wanted):
-                if place not in outcomes:
-                    outcomes[place] = (
-                        _OPEN_FOR_WRITING
-                        if opened[ino] in refused
-                        else self._link(folder_fd, name, path, opened[ino])
-                    )
+                if place in outcomes:
+                    continue
+                if opened[ino] in refused:
+                    outcomes[place] = _OPEN_FOR_WRITING
+                elif place in copies:
+                    outcomes[place] = self._put(folder_fd, name, copies[place], opened[ino])
+                else:
+                    outcomes[place] = self._link(folder_fd, name, path, opened[ino])
         return [outcomes[place] for place in range(len(wanted))]
 
     def _open(self, path: str, ino: int) -> int:
@@ -366,12 +370,12 @@ class _Maker:
         os.close(fd)
         raise OSError(errno.ESTALE, "not the object that it was")
 
-    def _copy(self, folder_fd: int, name: bytes, object_fd: int) -> str:
-        fd = make_private_copy(object_fd, folder_fd)
+    def _put(self, folder_fd: int, name: bytes, copy_fd: int, object_fd: int) -> str:
         try:
-            os.link(str(fd), name, src_dir_fd=self._proc_fd, dst_dir_fd=folder_fd)
-        finally:
-            os.close(fd)
+            correct_copy(copy_fd, object_fd)
+            os.link(str(copy_fd), name, src_dir_fd=self._proc_fd, dst_dir_fd=folder_fd)
+        except OSError as error:
+            return _explain(error)
         return COPIED
 
     def _link(self, folder_fd: int, name: bytes, path: str, fd: int) -> str:

@@ -16,11 +16,12 @@ from vstore import scan
 from vstore.breaklink import BROKEN, Breaker
 from vstore.errors import NoSpace
 from vstore.exclude import NOTHING
+from vstore.guardedrecovery import recover_guarded
 from vstore.hold import Held, find_linger_s
 from vstore.pool import InodeNumbers, Pool
 from vstore.progress import SILENT, Progress
 from vstore.quarantine import load_quarantined
-from vstore.recovery import recover, settle_stage
+from vstore.recovery import settle_stage
 from vstore.window import Windows
 from vstore.workers import Crew, Worker
 
@@ -49,7 +50,7 @@ def guarded_worker(pool: Pool, equip: Equip, *, count: int = 1) -> Iterator[Crew
 
     The pool's lock must be held.
     """
-    recover(pool)
+    recover_guarded(pool)
     with pool.stage(count) as stages:
 
         def start(number: int, keeper: socket.socket) -> "_Hand":

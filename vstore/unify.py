@@ -9,10 +9,10 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 
+from vstore.guardedrecovery import recover_guarded
 from vstore.order import Options, Target, UnifyResult
 from vstore.pool import Pool
 from vstore.progress import SILENT, Progress
-from vstore.recovery import recover
 from vstore.run import Run
 
 
@@ -30,7 +30,7 @@ def unify(
         if pool is not None:
             stack.enter_context(pool.share())
             if not options.dry_run:
-                recover(pool)
+                recover_guarded(pool)
         Run(targets, pool, options, progress, result, stack).carry_out()
     result.seconds = time.monotonic() - began
     return result

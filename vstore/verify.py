@@ -12,11 +12,11 @@ from typing import Any, Final
 from vstore import inode
 from vstore.digest import digest_content
 from vstore.folders import Folder, Missed, join, walk_folders
+from vstore.guardedrecovery import recover_guarded
 from vstore.guest import Guest
 from vstore.pool import Pool, digest_xattrs, parse_object
 from vstore.progress import SILENT, Progress
 from vstore.quarantine import list_quarantine
-from vstore.recovery import recover
 from vstore.undo import guarded_worker
 from vstore.window import Windows
 from vstore.workers import Crew, core_count
@@ -72,7 +72,7 @@ def verify(pool: Pool, guests: Sequence[Guest], progress: Progress = SILENT) -> 
     """
     result = VerifyResult()
     with pool.share():
-        recover(pool)
+        recover_guarded(pool)
         progress.phase(
             "verify", sum(_stated_size(name) for name, _ in pool.list_objects()), "bytes"
         )

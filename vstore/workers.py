@@ -313,22 +313,29 @@ def _be_worker(
     try:
         gc.disable()
         hand = start(number, keeper)
-        while (job := _await_job(channel, hand)) is not None:
-            try:
-                for answer in hand.serve(marshal.loads(job)):  # noqa: S302 - from our own parent
-                    _send(channel, (_PART, answer))
-                _send(channel, (_DONE, None))
-            except ToolError as error:
-                _send(channel, (_REFUSED, (type(error).__name__, error.message, error.hint)))
-            except OSError as error:
-                log.debug("worker %d", number, exc_info=True)
-                _send(channel, (_FAILED, _describe(error)))
-            except Exception:  # noqa: BLE001 - handed to the parent, which raises it
-                _send(channel, (_CRASHED, traceback.format_exc()))
-        hand.finish()
+        try:
+            _serve_all(channel, hand)
+        finally:
+            hand.finish()  # though nobody is there any more who could be answered
         code = 0
     finally:
         os._exit(code)
+
+
+def _serve_all(channel: socket.socket, hand: Hand) -> None:
+    """Raises OSError when the parent is gone."""
+    while (job := _await_job(channel, hand)) is not None:
+        try:
+            for answer in hand.serve(marshal.loads(job)):  # noqa: S302 - from our own parent
+                _send(channel, (_PART, answer))
+            _send(channel, (_DONE, None))
+        except ToolError as error:
+            _send(channel, (_REFUSED, (type(error).__name__, error.message, error.hint)))
+        except OSError as error:
+            log.debug("worker process", exc_info=True)
+            _send(channel, (_FAILED, _describe(error)))
+        except Exception:  # noqa: BLE001 - handed to the parent, which raises it
+            _send(channel, (_CRASHED, traceback.format_exc()))
 
 
 def _revive(kind: str, message: str, hint: str | None) -> ToolError:

@@ -5,7 +5,6 @@ import mmap
 import os
 import signal
 import socket
-import subprocess
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -13,14 +12,15 @@ from threading import Timer
 
 import pytest
 
-from tests.fixtures.cow import Ran, in_guest
+from tests.fixtures.cow import Ran, in_guest, until
 from tests.fixtures.filesystems import Filesystem, Site, is_immutable, make_site, mount_image
 from tests.fixtures.filesystems import private_folder as private
 from tests.fixtures.probes import need, on
 from tests.fixtures.trees import acl, capability
-from tests.fixtures.windows import CONTENT, broken_lease, shared_file
-from vrun.cow import breaking
+from tests.fixtures.windows import CONTENT, Shared, attacked_once, broken_lease, shared_file
+from vrun.cow import breaking, supervisor
 from vrun.cow.keeping import Supervision
+from vstore import inode, window
 
 pytestmark = need("immutable", "lease")
 
@@ -171,26 +171,93 @@ def test_a_copy_never_has_what_was_changed_in_the_window_of_another_program(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with shared_file(site) as shared:
-        fill, times = breaking.fill, iter(range(1))
-
-        def fill_meanwhile(shop: breaking.Workshop, shared_fd: int, copy_fd: int) -> None:
-            if next(times, None) is None:
-                fill(shop, shared_fd, copy_fd)
-                return
-            subprocess.run(["chattr", "-i", shared.object], check=True)
-            os.setxattr(shared.object, "user.evil", b"1")
-            shared.object.chmod(0o4777)
-            fill(shop, shared_fd, copy_fd)
-            os.removexattr(shared.object, "user.evil")
-            shared.object.chmod(0o644)
-            subprocess.run(["chattr", "+i", shared.object], check=True)
-
-        monkeypatch.setattr(breaking, "fill", fill_meanwhile)
+        monkeypatch.setattr(breaking, "fill", attacked_once(shared, breaking.fill))
         in_guest(site.pool, site.root("web"), lambda: Path("/conf").open("r+b").close())
         assert shared.web.read_bytes() == CONTENT
         assert not shared.web.samefile(shared.object)
         assert shared.web.stat().st_mode & 0o7777 == 0o644
         assert os.listxattr(shared.web) == []
+
+
+# --- of a file that the guest has deleted and has open
+
+
+def _look_after_touch() -> tuple[int, list[str], bytes]:
+    fd = _open_and_delete()
+    os.utime(fd)
+    return os.fstat(fd).st_mode & 0o7777, os.listxattr(fd), os.read(fd, 1 << 20)
+
+
+def _open_and_delete() -> int:
+    fd = os.open("/conf", os.O_RDONLY)
+    os.unlink("/conf")
+    return fd
+
+
+def test_nor_has_the_copy_of_a_deleted_file(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    with shared_file(site) as shared:
+        monkeypatch.setattr(breaking, "fill", attacked_once(shared, breaking.fill))
+        found = in_guest(site.pool, site.root("web"), _look_after_touch)
+        assert found == (0o644, [], CONTENT)
+        assert shared.is_untouched()
+
+
+def _chmod_later() -> tuple[int, int]:
+    """The call's error, and the links of what the descriptor shows then."""
+    fd = _open_and_delete()
+    Path("/deleted").touch()
+    until(Path("/go").exists)
+    return _errno(lambda: os.fchmod(fd, 0o600)), os.fstat(fd).st_nlink
+
+
+def _when_deleted(site: Site, act: Callable[[], object]) -> Callable[[Supervision, int], None]:
+    root = site.root("web")
+
+    def disturb(supervision: Supervision, guest: int) -> None:
+        if (root / "deleted").exists() and not (root / "go").exists():
+            act()
+            (root / "go").touch()
+
+    return disturb
+
+
+def _thawed(shared: Shared, change: Callable[[], object]) -> None:
+    with shared.object.open("rb") as file:
+        window._clear_immutable(file.fileno())
+        change()
+        inode.set_immutable(file.fileno())
+
+
+@on("ext4")
+def test_a_deleted_file_that_somebody_has_open_for_writing_is_not_copied(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor, "_HELD_S", 0.3)
+    with shared_file(site) as shared:
+        act = _when_deleted(site, lambda: _thawed(shared, lambda: os.open(shared.db, os.O_WRONLY)))
+        answer = in_guest(site.pool, site.root("web"), _chmod_later, disturb=act)
+        assert answer == (errno.EBUSY, 2)
+
+
+@on("ext4")
+def test_a_deleted_file_that_is_in_quarantine_is_not_copied(site: Site) -> None:
+    with shared_file(site) as shared:
+        name = site.pool / "quarantine" / shared.object.name
+        name.parent.mkdir()
+        act = _when_deleted(site, lambda: _thawed(shared, lambda: shared.object.rename(name)))
+        answer = in_guest(site.pool, site.root("web"), _chmod_later, disturb=act)
+        assert answer == (errno.EPERM, 2)
+
+
+def test_a_deleted_file_that_was_reclaimed_is_copied(site: Site) -> None:
+    def reclaim() -> None:
+        shared.db.unlink()
+        shared.object.unlink()
+
+    with shared_file(site) as shared:
+        act = _when_deleted(site, lambda: _thawed(shared, reclaim))
+        answer = in_guest(site.pool, site.root("web"), _chmod_later, disturb=act)
+        assert answer == (0, 0)
 
 
 @on("ext4")

@@ -7,6 +7,7 @@ import os
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from tests.fixtures.filesystems import Site, is_immutable
 from tests.fixtures.probes import is_soak, need, on
 from tests.fixtures.storm import FEW_NAMES, GUEST, IN_WINDOW, NAMES, Victim, storm
 from tests.fixtures.trees import EPOCH_NS, File
-from tests.fixtures.windows import CONTENT, Shared, enemy, shared_file, wait_for
+from tests.fixtures.windows import CONTENT, Shared, enemy, got_in, shared_file, wait_for
 
 pytestmark = [need("immutable", "lease"), on("ext4", "xfs")]
 
@@ -84,7 +85,11 @@ def test_what_is_left_when_both_die_is_put_right_or_in_quarantine(site: Site, to
     steps = range(1, 600) if is_soak() else range(60, 460, 100)
     for step in [IN_WINDOW, *steps]:
         ran = Ran()
-        with _many_names(site, FEW_NAMES) as shared, enemy(shared.db, pause_s=0.0005) as writer:
+        stays = step % 2 == 1
+        with (
+            _many_names(site, FEW_NAMES) as shared,
+            enemy(shared.db, pause_s=0.0005, stays=stays) as writer,
+        ):
             seen = storm(site, shared, "both", [step])
             assert set(seen.errors) <= _REFUSALS, step
             if step == IN_WINDOW:
@@ -92,8 +97,9 @@ def test_what_is_left_when_both_die_is_put_right_or_in_quarantine(site: Site, to
             in_guest(site.pool, site.root("db"), lambda: None, ran=ran)
             kept = list((site.pool / "quarantine").glob("*"))
             if kept:
-                wait_for(lambda: writer.poll() is not None)
-            assert bool(kept) == (writer.poll() is not None), step
+                wait_for(partial(got_in, writer, shared.db))
+            if kept or stays or shared.db.read_bytes() != CONTENT:
+                assert bool(kept) == got_in(writer, shared.db), step
         if kept:
             _check_attacked(shared, kept, ran)
             tool("vpool", "verify", "--repair")

@@ -12,7 +12,6 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from threading import Timer
 from time import monotonic, sleep
-from typing import Final
 
 import pytest
 
@@ -20,6 +19,15 @@ from tests.conftest import Tool
 from tests.fixtures.cow import in_guest, until
 from tests.fixtures.filesystems import Site, is_immutable
 from tests.fixtures.hostile import writer
+from tests.fixtures.leftovers import (
+    LEFT,
+    in_each_window,
+    leave,
+    make_dead_stage,
+    make_evil,
+    thawed,
+    times,
+)
 from tests.fixtures.probes import need, on
 from tests.fixtures.running import IDLE, running
 from tests.fixtures.runs import find_faults, list_objects
@@ -39,9 +47,9 @@ from tests.fixtures.windows import (
 )
 from vrun.cow import supervisor
 from vrun.cow.keeping import Supervision
-from vstore import inode, window
+from vstore import window
+from vstore.guardedrecovery import recover_guarded
 from vstore.pool import Pool
-from vstore.recovery import recover
 
 pytestmark = need("immutable", "lease")
 
@@ -58,77 +66,23 @@ def shared(site: Site) -> Iterator[Shared]:
         yield made
 
 
-def _make_dead_stage(shared: Shared) -> Path:
-    """The stage folder of a program that was killed."""
-    folder = shared.pool.path / "stage" / "0123456789abcdef" / "0"
-    folder.mkdir(parents=True, mode=0o700)
-    return folder
-
-
-_LEFT: Final = ("copy-0", "intent-00000000-0-0")
-
-
-def _leave(folder: Path, shared: Shared, *, spare: bool = False) -> None:
-    """What stands in a stage folder after a kill inside a window on the object."""
-    if spare:
-        _thawed(shared.object, lambda: os.link(shared.object, folder / _LEFT[0]))
-    folder.joinpath(_LEFT[1]).symlink_to(str(shared.number))
-
-
-def _thawed(path: Path, change: Callable[[], object]) -> None:
-    subprocess.run(["chattr", "-i", path], check=True)
-    change()
-    subprocess.run(["chattr", "+i", path], check=True)
-
-
-def _in_each_window(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:
-    """Somebody has his turn in every window: just after the thaw, and just before the freeze of one
-    in which metadata are put right.
-    """
-    clear, put_flags = window._clear_immutable, inode.put_flags
-
-    def cleared(fd: int) -> None:
-        clear(fd)
-        act()
-
-    def put(fd: int, flags: int) -> None:
-        act()
-        put_flags(fd, flags)
-
-    monkeypatch.setattr(window, "_clear_immutable", cleared)
-    monkeypatch.setattr(inode, "put_flags", put)
-
-
-def _times(count: int, act: Callable[[], object]) -> Callable[[], object]:
-    """Do it so many times only."""
-    left = iter(range(count))
-    return lambda: next(left, None) is not None and act()
-
-
-def _make_evil(path: Path) -> None:
-    path.chmod(0o4777)
-    os.chown(path, 7, 7)
-    os.setxattr(path, "user.evil", b"1")
-    os.utime(path, (1, 1))
-
-
 # --- what recovery puts right
 
 
 def test_a_change_in_the_window_in_which_a_spare_is_removed_is_put_back(
     shared: Shared, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _leave(_make_dead_stage(shared), shared, spare=True)
-    met: list[bool] = []
+    leave(make_dead_stage(shared), shared, spare=True)
+    met = shared.pool.path.parent / "met"
 
     def attack() -> None:
-        _make_evil(shared.web)
-        met.append(True)
+        make_evil(shared.web)
+        met.touch()
 
     with monkeypatch.context() as patch:
-        _in_each_window(patch, _times(1, attack))
-        recover(shared.pool)
-    assert met
+        in_each_window(patch, times(1, attack))
+        recover_guarded(shared.pool)
+    assert met.exists()
     assert find_faults(shared.pool.path) == []
 
 
@@ -136,11 +90,11 @@ def test_a_change_in_the_window_in_which_a_spare_is_removed_is_put_back(
 def test_who_goes_on_changing_an_object_is_outlasted_or_it_is_named(
     shared: Shared, monkeypatch: pytest.MonkeyPatch, windows: int
 ) -> None:
-    _leave(_make_dead_stage(shared), shared)
-    _thawed(shared.object, lambda: _make_evil(shared.object))
+    leave(make_dead_stage(shared), shared)
+    thawed(shared.object, lambda: make_evil(shared.object))
     with monkeypatch.context() as patch:
-        _in_each_window(patch, _times(windows, lambda: _make_evil(shared.web)))
-        recover(shared.pool)
+        in_each_window(patch, times(windows, lambda: make_evil(shared.web)))
+        recover_guarded(shared.pool)
     assert is_immutable(shared.db)
     kept = list(shared.pool.path.glob("quarantine/*"))
     if windows < 10:
@@ -155,15 +109,15 @@ def test_an_object_that_has_nothing_but_a_project_is_named(
     shared: Shared, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As long as somebody gives it one again in each window."""
-    _leave(_make_dead_stage(shared), shared)
+    leave(make_dead_stage(shared), shared)
 
     def mark() -> None:
         subprocess.run(["chattr", "-p", "77", shared.web], check=True)
 
-    _thawed(shared.object, mark)
+    thawed(shared.object, mark)
     with monkeypatch.context() as patch:
-        _in_each_window(patch, mark)
-        recover(shared.pool)
+        in_each_window(patch, mark)
+        recover_guarded(shared.pool)
     assert is_immutable(shared.db)
     (kept,) = shared.pool.path.glob("quarantine/*")
     assert kept.samefile(shared.db)
@@ -191,26 +145,26 @@ def test_an_object_with_a_file_capability_comes_back_with_it(
     capable: Shared, monkeypatch: pytest.MonkeyPatch, windows: int
 ) -> None:
     """Though its owner or the capability itself is changed in the windows that this takes."""
-    _leave(_make_dead_stage(capable), capable)
-    _thawed(capable.object, lambda: capable.object.chmod(0o777))
+    leave(make_dead_stage(capable), capable)
+    thawed(capable.object, lambda: capable.object.chmod(0o777))
 
     def attack() -> None:
         os.chown(capable.web, 7, 7)
         os.setxattr(capable.web, "user.note", b"of an enemy")
 
     with monkeypatch.context() as patch, capable.pool:
-        _in_each_window(patch, _times(windows, attack))
-        recover(capable.pool)
+        in_each_window(patch, times(windows, attack))
+        recover_guarded(capable.pool)
     assert os.getxattr(capable.db, "security.capability") == _CAPABILITY
     assert os.getxattr(capable.db, "user.note") == b"as all guests have it"
     assert find_faults(capable.pool.path) == []
 
 
 def test_an_object_that_has_lost_its_file_capability_is_named(capable: Shared) -> None:
-    _leave(_make_dead_stage(capable), capable)
-    _thawed(capable.object, lambda: os.chown(capable.object, 7, 7))
+    leave(make_dead_stage(capable), capable)
+    thawed(capable.object, lambda: os.chown(capable.object, 7, 7))
     with capable.pool:
-        recover(capable.pool)
+        recover_guarded(capable.pool)
     assert is_immutable(capable.db)
     (kept,) = capable.pool.path.glob("quarantine/*")
     assert kept.samefile(capable.db)
@@ -220,13 +174,13 @@ def test_an_object_that_is_open_for_writing_a_moment_longer_is_no_suspect(shared
     """One who waited in a lease and was turned away has it open until he gets his turn; the lease
     itself may be gone by then.
     """
-    _leave(_make_dead_stage(shared), shared)
+    leave(make_dead_stage(shared), shared)
     subprocess.run(["chattr", "-i", shared.object], check=True)
     with ExitStack() as stack:
         stack.enter_context(writer(shared.web))
         subprocess.run(["chattr", "+i", shared.object], check=True)
         Timer(0.3, stack.close).start()
-        recover(shared.pool)
+        recover_guarded(shared.pool)
     assert find_faults(shared.pool.path) == []
 
 
@@ -234,10 +188,10 @@ def test_an_object_that_is_open_for_writing_a_moment_longer_is_no_suspect(shared
 @need("cgroup_freezer")
 def test_the_lease_of_a_repair_lingers_too_where_a_guest_runs(site: Site, cgroup: Path) -> None:
     with shared_file(site) as shared, running(site, "web", cgroup, IDLE):
-        _leave(_make_dead_stage(shared), shared)
+        leave(make_dead_stage(shared), shared)
         subprocess.run(["chattr", "-i", shared.object], check=True)
         began = monotonic()
-        repair = fork(lambda: int(not recover(shared.pool)))
+        repair = fork(lambda: int(not recover_guarded(shared.pool)))
         wait_for(lambda: is_immutable(shared.object))
         sleep(max(0.0, began + window.LINGER_S / 2 - monotonic()))
         assert leases_on(shared.object) == 1
@@ -251,7 +205,7 @@ def test_who_unifies_puts_an_object_right_that_was_changed_in_the_window_of_anot
 ) -> None:
     """The keeper of the one who was killed is about to do so."""
     with shared_file(site) as shared:
-        _thawed(shared.object, lambda: _make_evil(shared.object))
+        thawed(shared.object, lambda: make_evil(shared.object))
         new = site.add_guest("new", [File("conf", CONTENT, mode=0o644, mtime_ns=EPOCH_NS)])
         done = tool("vunify", "-q", "new")
         assert done.returncode == 0, done.stderr
@@ -269,7 +223,7 @@ def test_a_lease_that_the_kernel_has_broken_while_it_lingered_is_noted(shared: S
         windows.close()
         folder = Path(f"/proc/self/fd/{stage_fd}").resolve()
         assert [str(path.readlink()) for path in folder.iterdir()] == [str(shared.number)]
-    recover(shared.pool)
+    recover_guarded(shared.pool)
     assert find_faults(shared.pool.path) == []
 
 
@@ -321,10 +275,10 @@ def test_a_supervisor_settles_later_what_another_program_keeps_it_from(
 
     def tell(shared: Shared, let_go: Callable[[], None]) -> Telling:
         supervision = yield
-        folder = _stage_of(supervision) if whose == "its own" else _make_dead_stage(shared)
-        _leave(folder, shared, spare=True)
+        folder = _stage_of(supervision) if whose == "its own" else make_dead_stage(shared)
+        leave(folder, shared, spare=True)
         yield from _killed(supervision)
-        left = [path.name for path in folder.iterdir() if path.name in _LEFT]
+        left = [path.name for path in folder.iterdir() if path.name in LEFT]
         (site.root("web") / "left").touch()
         while not (site.root("web") / "served").exists():
             yield
@@ -342,7 +296,7 @@ def test_a_supervisor_settles_later_what_another_program_keeps_it_from(
         story = _told(tell(shared, let_go))
         written = in_guest(site.pool, site.root("web"), _work_meanwhile, disturb=story)
         assert written == b"mine" + _OTHER[4:]
-        assert seen.read_text() == " ".join(_LEFT), "nothing kept it from settling at once"
+        assert seen.read_text() == " ".join(LEFT), "nothing kept it from settling at once"
         assert shared.is_untouched()
         assert is_immutable(shared.object)
         assert shared.object.stat().st_nlink == 3
@@ -368,7 +322,7 @@ def test_what_keeps_a_supervisor_from_settling_when_its_guest_ends_is_waited_for
     def tell(shared: Shared) -> Telling:
         supervision = yield
         folder = _stage_of(supervision)
-        _leave(folder, shared, spare=True)
+        leave(folder, shared, spare=True)
         seen.symlink_to(folder)
         (site.root("web") / "stop").touch()
 
@@ -390,7 +344,7 @@ def test_a_supervisor_that_dies_while_it_settles_lets_nobody_in(
 
     def tell(shared: Shared) -> Telling:
         supervision = yield
-        _leave(_stage_of(supervision), shared, spare=True)
+        leave(_stage_of(supervision), shared, spare=True)
         Path(f"{shared.db}.go").touch()
         yield from _killed(supervision)
         (site.root("web") / "stop").touch()
@@ -405,7 +359,7 @@ def test_a_supervisor_that_dies_while_it_settles_lets_nobody_in(
                 os.kill(os.getpid(), signal.SIGKILL)
 
         with monkeypatch.context() as patch:
-            _in_each_window(patch, die)
+            in_each_window(patch, die)
             in_guest(
                 site.pool,
                 site.root("web"),
@@ -445,7 +399,7 @@ def test_what_was_changed_in_every_window_is_put_right_while_the_guest_runs(
     evil = site.filesystem.folder / "evil"
     with shared_file(site) as shared:
         with monkeypatch.context() as patch:
-            _in_each_window(patch, lambda: None if tried.exists() else _make_evil(shared.db))
+            in_each_window(patch, lambda: None if tried.exists() else make_evil(shared.db))
             in_guest(site.pool, site.root("web"), work, disturb=_told(tell(shared)))
         assert "user.evil" in evil.read_text(), "the attack did not last"
     assert find_faults(site.pool) == []

@@ -239,14 +239,14 @@ def test_who_changes_metadata_all_the_time_does_not_keep_a_window_open(shared: S
 
 
 @contextmanager
-def _guarded(shared: Shared) -> Iterator[tuple[Crew, socket.socket]]:
+def _guarded(shared: Shared, linger_s: float = 0.0) -> Iterator[tuple[Crew, socket.socket]]:
     """A crew of one worker that holds a window open, and the socket that lets it go on."""
     ours, theirs = socket.socketpair()
     with shared.pool.stage(1) as stages:
 
         def start(_: int, keeper: socket.socket) -> Doorman:
             ours.close()
-            windows = Windows(keeper, pool_fd=shared.pool.fd, stage_fd=stages[0], linger_s=0)
+            windows = Windows(keeper, pool_fd=shared.pool.fd, stage_fd=stages[0], linger_s=linger_s)
             return Doorman(shared, windows, theirs)
 
         def bury(worker: Worker) -> None:
@@ -335,8 +335,29 @@ def test_the_keeper_is_killed_and_the_holder_closes_its_window_and_stops(shared:
     assert leases_on(shared.object) == 0
 
 
+def test_the_lease_of_a_holder_lingers_though_its_keeper_is_killed(shared: Shared) -> None:
+    with _guarded_elsewhere(shared, 1.0) as (keeper, _, go_on), enemy(shared.web) as process:
+        wait_for(lambda: waits_in_lease(process.pid))
+        os.kill(keeper, signal.SIGKILL)
+        wait_for(lambda: state_of(keeper) == "Z")
+        go_on.send(b"!")
+        wait_for(lambda: is_immutable(shared.object))
+        wait_for(lambda: not waits_in_lease(process.pid))
+        # Somebody who passed the check of the flag long ago arrives at the lease only now; it may
+        # be the one who is just being turned away.
+        subprocess.run(["chattr", "-i", shared.object], check=True)
+        wait_for(lambda: waits_in_lease(process.pid))
+        subprocess.run(["chattr", "+i", shared.object], check=True)
+        wait_for(lambda: leases_on(shared.object) == 0, timeout_s=15)
+        sleep(0.02)
+        assert process.poll() is None
+    assert shared.is_untouched()
+
+
 @contextmanager
-def _guarded_elsewhere(shared: Shared) -> Iterator[tuple[int, int, socket.socket]]:
+def _guarded_elsewhere(
+    shared: Shared, linger_s: float = 0.0
+) -> Iterator[tuple[int, int, socket.socket]]:
     """A window that a worker of another program holds open and has been told to open once more.
 
     Yields the pids of that program and of its worker, and the socket that lets the worker go on.
@@ -344,7 +365,7 @@ def _guarded_elsewhere(shared: Shared) -> Iterator[tuple[int, int, socket.socket
     told, tells = socket.socketpair()
 
     def keep() -> int:
-        with _guarded(shared) as (crew, go_on):
+        with _guarded(shared, linger_s) as (crew, go_on):
             answers = crew.map([("go", None), ("again", None)])
             _, holder = next(answers)
             socket.send_fds(tells, [holder.to_bytes(8, "little")], [go_on.fileno()])

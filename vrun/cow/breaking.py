@@ -188,7 +188,7 @@ class Break:
             with shop.windows.guard([guarded_fd]) as refused:
                 if refused:
                     raise Held
-                if not self._is_faithful():
+                if not _is_faithful(shop, self.shared_fd, self.copy_fd):
                     raise Changed
                 with shop.windows.thawed(guarded_fd):
                     try:
@@ -201,18 +201,6 @@ class Break:
                 os.unlink(spare, dir_fd=shop.stage_fd)
         with suppress(OSError):
             os.utime(self._folder_fd, ns=(before.st_atime_ns, before.st_mtime_ns))
-
-    def _is_faithful(self) -> bool:
-        """Whether the copy has the metadata of the object, which nobody else has a window on now:
-        an attack on it may have met another program's one while they were copied.
-        """
-        shared, copy = os.fstat(self.shared_fd), os.fstat(self.copy_fd)
-        return (
-            self._shop.objects.is_sound(self.shared_fd)
-            and (copy.st_mode, copy.st_uid, copy.st_gid, copy.st_mtime_ns)
-            == (shared.st_mode, shared.st_uid, shared.st_gid, shared.st_mtime_ns)
-            and inode.load_xattrs(self.copy_fd) == inode.load_xattrs(self.shared_fd)
-        )
 
     def close(self) -> None:
         for fd in self._fds:
@@ -246,6 +234,16 @@ def fill(shop: Workshop, shared_fd: int, copy_fd: int) -> None:
         extents.copy_data(shared_fd, copy_fd, size=status.st_size)
         extents.order_data(copy_fd)
     inode.copy_ownership(status, inode.load_xattrs(shared_fd), copy_fd)
+
+
+def _is_faithful(shop: Workshop, shared_fd: int, copy_fd: int) -> bool:
+    """Whether the copy has the metadata of the object, which nobody else has a window on now: an
+    attack on it may have met another program's one while they were copied.
+
+    An inode without any name is no object any more, and has no name that could say how it looks.
+    """
+    is_object = not os.fstat(shared_fd).st_nlink or shop.objects.is_sound(shared_fd)
+    return is_object and inode.is_owned_like(copy_fd, shared_fd)
 
 
 def _swap(stage_fd: int, spare: bytes, folder_fd: int, target: Target) -> None:
@@ -283,14 +281,22 @@ def thaw_alone(shop: Workshop, fd: int) -> None:
 
 
 def copy_nameless(shop: Workshop, shared_fd: int, credentials: Credentials, check: Check) -> int:
-    """A private copy of a file that has no name any more; its descriptor, for reading and writing.
+    """A private copy of a file that has no name in the guest any more; its descriptor, for reading
+    and writing.
 
-    Raises what the kernel says to the caller's attempt; OSError.
+    Raises what the kernel says to the caller's attempt; Changed, Held, OSError.
     """
+    if os.fstat(shared_fd).st_nlink:
+        check_object(shop, shared_fd)
     fd = _open_nameless(shop.stage_fd)
     try:
         check_on_twin(shop, shared_fd, fd, credentials, check)
         fill(shop, shared_fd, fd)
+        with shop.windows.guard([os.dup(shared_fd)]) as refused:
+            if refused:
+                raise Held
+            if not _is_faithful(shop, shared_fd, fd):
+                raise Changed
     except BaseException:
         os.close(fd)
         raise
