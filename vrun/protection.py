@@ -12,11 +12,13 @@ from typing import Final
 from vrun.context import Context
 from vrun.cow.heir import NONE, OPEN
 from vrun.errors import ToolError
+from vstore import lease
 from vstore.guest import COPY_ON_WRITE, rundir, vdirbase
 
 LISTENER: Final = "listener"
 """What the first process, and one that joins, says when it hands its listener over."""
 
+_ELSEWHERE: Final = "start it on the host, or give it files of its own: vunify --undo"
 _POOL: Final = ".pool"
 _FILTERS: Final = ".filters"
 
@@ -49,6 +51,13 @@ def prepare(context: Context) -> None:
     """
     context.protection = choose(context)
     if context.protection == COPY_ON_WRITE:
+        if not lease.are_all_seen():
+            raise ToolError(
+                f"guest {context.spec.name}: it shares files, and cannot be kept from writing to "
+                "them here: this is not the host's namespace of processes, and /proc/locks does "
+                "not show who waits for a killed program's leases",
+                hint=_ELSEWHERE,
+            )
         from vrun.cow.keeping import Supervision  # a guest that shares nothing pays nothing
 
         context.supervision = Supervision(

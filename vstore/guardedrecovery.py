@@ -5,18 +5,28 @@ of their own, so that a full disk keeps nothing from being put right: the notes 
 until the last lease is given up.
 """
 
+import logging
 import socket
 from collections.abc import Iterator, Sequence
 
+from vstore import lease
 from vstore.hold import find_linger_s
 from vstore.pool import Pool
 from vstore.recovery import Leftover, close_windows, leftovers
 from vstore.window import Windows
 from vstore.workers import Crew, Worker
 
+log = logging.getLogger(__name__)
+
 
 def recover_guarded(pool: Pool) -> bool:
     """As `recover`, for a program that has no windows yet. Raises WorkerDied besides."""
+    if not lease.are_all_seen():
+        log.warning(
+            "this is not the host's namespace of processes: should this program be killed, nobody "
+            "can see who waits to write to the shared files that it worked on; run it on the host "
+            "if guests run meanwhile"
+        )
     with leftovers(pool) as found:
         if not found:
             return True

@@ -17,6 +17,8 @@ from typing import Final
 
 _LOCKS: Final = Path("/proc/locks")
 _BREAK_TIME: Final = Path("/proc/sys/fs/lease-break-time")
+_PIDS: Final = Path("/proc/self/ns/pid")
+_PIDS_OF_HOST: Final = 0xEFFFFFFC  # linux/proc_ns.h, PROC_PID_INIT_INO
 
 
 def ignore_break_signals() -> None:
@@ -64,6 +66,13 @@ def break_time_s() -> int:
         return int(_BREAK_TIME.read_text())
     except (OSError, ValueError):
         return 0
+
+
+def are_all_seen() -> bool:
+    """Whether /proc/locks shows all leases and all who wait for one: in another namespace of
+    processes than the host's it hides a lease whose taker has died, and whoever waits for it.
+    """
+    return _PIDS.stat().st_ino == _PIDS_OF_HOST
 
 
 def is_being_broken(fd: int) -> bool:

@@ -4,6 +4,8 @@ import json
 import os
 import random
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -76,6 +78,24 @@ def test_init_itself_and_its_children_write(host: Host) -> None:
     host.vserver("web", "start")
     wait_until(lambda: (_root(host, "web") / "etc/conf").read_text() == "x\n")
     assert (_root(host, "db") / "etc/conf").read_text() == f"conf: {_CONF}"
+
+
+def test_a_guest_whose_attackers_could_not_be_seen_is_not_started(host: Host) -> None:
+    """In another namespace of processes /proc/locks hides what a killed program has left."""
+    started = _run_elsewhere("vserver", "web", "start")
+    assert started.returncode == 1
+    assert "not the host's namespace of processes" in started.stderr
+    assert "vunify --undo" in started.stderr
+    assert not (host.etc.rundir / "web/protection.json").exists()
+    unified = _run_elsewhere("vunify", "--all")
+    assert unified.returncode == 0
+    assert unified.stderr.count("run it on the host if guests run") == 1
+
+
+def _run_elsewhere(name: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    program = os.fspath(Path(sys.executable).parent / name)
+    elsewhere = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child", program, *arguments]
+    return subprocess.run(elsewhere, capture_output=True, text=True, check=False)
 
 
 def test_a_killed_supervisor_is_replaced(host: Host) -> None:
