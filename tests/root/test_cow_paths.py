@@ -13,7 +13,7 @@ from tests.fixtures.cow import Ran, in_guest
 from tests.fixtures.filesystems import Site, is_immutable
 from tests.fixtures.probes import need, on
 from tests.fixtures.windows import CONTENT, shared_file
-from vrun.cow.numbers import AUDIT_ARCH_I386, TABLES
+from vrun.cow.numbers import ARCHITECTURES, TABLES
 
 pytestmark = [need("immutable", "lease"), on("ext4")]
 
@@ -67,6 +67,21 @@ def _at_end_of_page() -> None:
     start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
     assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(start + size), size, 0) == 0  # PROT_NONE
     fd, error = call(TABLES_NATIVE["openat"], -100, start + size - len(path), os.O_WRONLY, 0)
+    assert error == 0
+    os.write(fd, b"mine")
+    os.close(fd)
+
+
+_PR_SET_TAGGED_ADDR_CTRL = 55  # linux/prctl.h
+
+
+def _by_tagged_address() -> None:
+    """The upper byte is the program's own, as Documentation/arm64/tagged-address-abi.rst has it."""
+    text = ctypes.create_string_buffer(b"/conf")
+    prctl = ctypes.CDLL(None).prctl
+    assert prctl(_PR_SET_TAGGED_ADDR_CTRL, *map(ctypes.c_ulong, (1, 0, 0, 0))) == 0
+    tagged = ctypes.addressof(text) | 0x5A << 56
+    fd, error = call(TABLES_NATIVE["openat"], -100, tagged, os.O_WRONLY)
     assert error == 0
     os.write(fd, b"mine")
     os.close(fd)
@@ -130,6 +145,8 @@ WAYS: dict[str, Callable[[], None]] = {
     "thread-self": _by_thread,
     "truncating": lambda: _write("/proc/self/root/a/chain", os.O_TRUNC),
 }
+if os.uname().machine == "aarch64":
+    WAYS["tagged-address"] = _by_tagged_address
 
 
 def _grow_ways(site: Site) -> None:
@@ -204,8 +221,7 @@ def _answers() -> dict[str, int]:
     }
 
 
-_MAP_32BIT = 0x40  # asm/mman.h
-TABLES_NATIVE = next(iter(TABLES.values()))
+TABLES_NATIVE = TABLES[ARCHITECTURES[0]]
 
 
 def _openat2() -> int:
@@ -250,28 +266,22 @@ def test_what_the_kernel_refuses_stays_shared(site: Site) -> None:
         assert not ran.notes
 
 
-@pytest.mark.skipif(os.uname().machine != "x86_64", reason="int 0x80 is of x86_64")
+@need("programs_32bit")
 @pytest.mark.parametrize("name", ["open", "openat", "chmod", "chown", "chown32", "truncate64"])
 def test_calls_of_32_bit_programs(site: Site, name: str) -> None:
-    table = TABLES[AUDIT_ARCH_I386]
+    path, padding = b"/conf", (0,) * (os.uname().machine == "aarch64")
+    arguments: dict[str, tuple[int | bytes, ...]] = {
+        "open": (path, os.O_WRONLY),
+        "openat": (-100, path, os.O_RDWR),
+        "chmod": (path, 0o600),
+        "chown": (path, 7, 0xFFFF),
+        "chown32": (path, 7, 0xFFFFFFFF),
+        "truncate64": (path, *padding, 5, 0),  # where pairs of registers begin with an even one
+    }
+    number = TABLES[ARCHITECTURES[1]][name]
 
     def act() -> tuple[int, int]:
-        low = mmap.mmap(-1, 4096, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_32BIT)
-        low.write(b"/conf\0")
-        start = ctypes.c_char.from_buffer(low)
-        place = ctypes.addressof(start)
-        arguments = {
-            "open": (place, os.O_WRONLY),
-            "openat": (-100, place, os.O_RDWR),
-            "chmod": (place, 0o600),
-            "chown": (place, 7, 0xFFFF),
-            "chown32": (place, 7, 0xFFFFFFFF),
-            "truncate64": (place, 5, 0),
-        }[name]
-        answer = call32(table[name], *arguments)
-        del start
-        low.close()
-        return answer
+        return call32(number, *arguments[name])
 
     with shared_file(site) as shared:
         value, error = in_guest(site.pool, site.root("web"), act)
