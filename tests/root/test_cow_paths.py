@@ -4,7 +4,9 @@ import ctypes
 import errno
 import mmap
 import os
+import struct
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 
@@ -293,6 +295,112 @@ def test_calls_of_32_bit_programs(site: Site, name: str) -> None:
             assert (status.st_uid, status.st_gid) == (7, 0)
         if name == "truncate64":
             assert status.st_size == 5
+
+
+@need("programs_32bit")
+@pytest.mark.parametrize("name", ["truncate", "truncate64"])
+def test_a_32_bit_program_cuts_a_file_by_its_descriptor(site: Site, name: str) -> None:
+    """The supervisor does it itself, to the length that the call says, whatever stands in registers
+    that the call has no use for.
+    """
+    rest = (3, 3, 3)
+    lengths = {"truncate": (5,), "truncate64": (5, 0)}
+    if os.uname().machine == "aarch64":
+        lengths["truncate64"] = (3, 5, 0)
+    words = (*lengths[name], *rest)[:4]
+
+    def act() -> tuple[int, int]:
+        fd = os.open("/conf", os.O_RDONLY)
+        os.set_inheritable(fd, True)
+        return call32(TABLES[ARCHITECTURES[1]][name], b"/proc/self/fd/%d" % fd, *words)
+
+    with shared_file(site) as shared:
+        assert in_guest(site.pool, site.root("web"), act) == (0, 0)
+        assert shared.web.read_bytes() == CONTENT[:5]
+        assert shared.is_untouched()
+
+
+_TIMES = {
+    64: {
+        "utime": struct.pack("=2q", 500, 600),
+        "utimes": struct.pack("=4q", 500, 0, 600, 7),
+        "futimesat": struct.pack("=4q", 500, 0, 600, 7),
+        "utimensat": struct.pack("=4q", 500, 0, 600, 7000),
+    },
+    32: {
+        "utime": struct.pack("=2i", 500, 600),
+        "utimes": struct.pack("=4i", 500, 0, 600, 7),
+        "futimesat": struct.pack("=4i", 500, 0, 600, 7),
+        "utimensat": struct.pack("=4i", 500, 0, 600, 7000),
+        "utimensat_time64": struct.pack("=qIIqII", 500, 0, 9, 600, 7000, 9),  # no call looks at 9
+    },
+}
+_ARCHITECTURE = dict(zip(_TIMES, ARCHITECTURES, strict=True))
+
+
+def _set_times(width: int, name: str, times: bytes) -> tuple[int, int]:
+    """By the path of a descriptor."""
+    fd = os.open("/conf", os.O_RDONLY)
+    os.set_inheritable(fd, True)
+    folder = () if name in ("utime", "utimes") else (-100,)
+    words = (*folder, b"/proc/self/fd/%d" % fd, times, 0)
+    number = TABLES[_ARCHITECTURE[width]][name]
+    if width == 32:
+        return call32(number, *words)
+    texts = [ctypes.create_string_buffer(word) for word in words if isinstance(word, bytes)]
+    addresses = iter(texts)
+    values = (
+        ctypes.addressof(next(addresses)) if isinstance(word, bytes) else word for word in words
+    )
+    return call(number, *values)
+
+
+@need("programs_32bit")
+@pytest.mark.parametrize(
+    ("width", "name"),
+    [
+        (width, name)
+        for width, times in _TIMES.items()
+        for name in times
+        if name in TABLES[_ARCHITECTURE[width]]
+    ],
+)
+def test_times_by_the_path_of_a_descriptor_are_those_that_the_call_says(
+    site: Site, width: int, name: str
+) -> None:
+    with shared_file(site) as shared:
+        ran = Ran()
+        act = partial(_set_times, width, name, _TIMES[width][name])
+        assert in_guest(site.pool, site.root("web"), act, ran=ran) == (0, 0)
+        assert not ran.notes
+        status = shared.web.stat()
+        assert (status.st_atime_ns // 10**9, status.st_mtime_ns // 10**9) == (500, 600)
+        assert status.st_mtime_ns % 10**9 == (0 if name == "utime" else 7000)
+        assert not shared.web.samefile(shared.object)
+
+
+@pytest.mark.parametrize("ns", [-1, 10**9])
+def test_times_that_do_not_exist_are_refused(site: Site, ns: int) -> None:
+    times = struct.pack("=4q", 500, 0, 600, ns)
+    act = partial(_set_times, 64, "utimensat", times)
+    with shared_file(site) as shared:
+        assert in_guest(site.pool, site.root("web"), act) == (-1, errno.EINVAL)
+        assert shared.web.samefile(shared.object)
+
+
+@pytest.mark.parametrize("is_by_descriptor", [True, False])
+def test_a_negative_length_is_refused(site: Site, is_by_descriptor: bool) -> None:
+    def act() -> tuple[int, int]:
+        fd = os.open("/conf", os.O_RDONLY)
+        path = b"/proc/self/fd/%d" % fd if is_by_descriptor else b"/conf"
+        text = ctypes.create_string_buffer(path)
+        return call(TABLES_NATIVE["truncate"], ctypes.addressof(text), -1)
+
+    with shared_file(site) as shared:
+        ran = Ran()
+        assert in_guest(site.pool, site.root("web"), act, ran=ran) == (-1, errno.EINVAL)
+        assert shared.web.samefile(shared.object)
+        assert not ran.notes
 
 
 def _through_descriptors() -> dict[str, object]:
