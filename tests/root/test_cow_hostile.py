@@ -15,13 +15,13 @@ from threading import Thread
 
 import pytest
 
-from tests.fixtures.calls import call, call32
+from tests.fixtures.calls import IS_OURS_32, call, call32
 from tests.fixtures.cow import Ran, in_guest
 from tests.fixtures.filesystems import Site, is_immutable
 from tests.fixtures.probes import is_soak, need
 from tests.fixtures.windows import Shared, guest_cgroup, own_windows, shared_file
 from vrun.cow.keeping import Supervision
-from vrun.cow.numbers import AUDIT_ARCH_I386, TABLES
+from vrun.cow.numbers import ARCHITECTURES, TABLES
 from vstore.keeper import Keeper
 from vstore.syscalls import RENAME_EXCHANGE, renameat2
 from vstore.window import Windows
@@ -97,19 +97,18 @@ def _through_descriptors_for_ever() -> None:
 
 
 def _by_32_bit_calls_for_ever() -> None:
-    low = mmap.mmap(-1, 4096, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x40)
-    low.write(b"/bait\0")
-    place = ctypes.addressof(ctypes.c_char.from_buffer(low))
-    table = TABLES[AUDIT_ARCH_I386]
+    bait = ctypes.create_string_buffer(b"/bait")
+    table = TABLES[ARCHITECTURES[1]]
     while True:
-        fd, _ = call32(table["open"], place, os.O_RDWR)
-        if fd >= 0:
+        fd, _ = call32(table["open"], b"/bait", os.O_RDWR)
+        if fd >= 0 and IS_OURS_32:
             with suppress(OSError):
                 os.write(fd, _EVIL)
                 os.close(fd)
-        call32(table["chmod"], place, 0o777)
-        call(0x40000000 | 2, place, os.O_RDWR)  # x32
-        call(425, 8, place)  # io_uring_setup
+        call32(table["truncate"], b"/bait", 1)
+        call32(table["chmod"], b"/bait", 0o777)
+        call(0x40000000 | 2, ctypes.addressof(bait), os.O_RDWR)  # x32
+        call(425, 8, ctypes.addressof(bait))  # io_uring_setup
 
 
 def _swap_memory_for_ever() -> None:
@@ -122,9 +121,9 @@ def _swap_memory_for_ever() -> None:
             for name in _names():
                 memory[:16] = f"/{name}".encode().ljust(16, b"\0")
                 memory[:16] = b"/bait".ljust(16, b"\0")
-    number = next(iter(TABLES.values()))["open"]
+    number = TABLES[ARCHITECTURES[0]]["openat"]
     while True:
-        fd, _ = call(number, place, os.O_RDWR)
+        fd, _ = call(number, -100, place, os.O_RDWR)
         if fd >= 0:
             with suppress(OSError):
                 os.write(fd, _EVIL)

@@ -4,7 +4,9 @@ import ctypes
 import errno
 import mmap
 import os
+import struct
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 
@@ -13,7 +15,7 @@ from tests.fixtures.cow import Ran, in_guest
 from tests.fixtures.filesystems import Site, is_immutable
 from tests.fixtures.probes import need, on
 from tests.fixtures.windows import CONTENT, shared_file
-from vrun.cow.numbers import AUDIT_ARCH_I386, TABLES
+from vrun.cow.numbers import ARCHITECTURES, TABLES
 
 pytestmark = [need("immutable", "lease"), on("ext4")]
 
@@ -67,6 +69,21 @@ def _at_end_of_page() -> None:
     start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
     assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(start + size), size, 0) == 0  # PROT_NONE
     fd, error = call(TABLES_NATIVE["openat"], -100, start + size - len(path), os.O_WRONLY, 0)
+    assert error == 0
+    os.write(fd, b"mine")
+    os.close(fd)
+
+
+_PR_SET_TAGGED_ADDR_CTRL = 55  # linux/prctl.h
+
+
+def _by_tagged_address() -> None:
+    """The upper byte is the program's own, as Documentation/arm64/tagged-address-abi.rst has it."""
+    text = ctypes.create_string_buffer(b"/conf")
+    prctl = ctypes.CDLL(None).prctl
+    assert prctl(_PR_SET_TAGGED_ADDR_CTRL, *map(ctypes.c_ulong, (1, 0, 0, 0))) == 0
+    tagged = ctypes.addressof(text) | 0x5A << 56
+    fd, error = call(TABLES_NATIVE["openat"], -100, tagged, os.O_WRONLY)
     assert error == 0
     os.write(fd, b"mine")
     os.close(fd)
@@ -130,6 +147,8 @@ WAYS: dict[str, Callable[[], None]] = {
     "thread-self": _by_thread,
     "truncating": lambda: _write("/proc/self/root/a/chain", os.O_TRUNC),
 }
+if os.uname().machine == "aarch64":
+    WAYS["tagged-address"] = _by_tagged_address
 
 
 def _grow_ways(site: Site) -> None:
@@ -204,8 +223,7 @@ def _answers() -> dict[str, int]:
     }
 
 
-_MAP_32BIT = 0x40  # asm/mman.h
-TABLES_NATIVE = next(iter(TABLES.values()))
+TABLES_NATIVE = TABLES[ARCHITECTURES[0]]
 
 
 def _openat2() -> int:
@@ -250,28 +268,22 @@ def test_what_the_kernel_refuses_stays_shared(site: Site) -> None:
         assert not ran.notes
 
 
-@pytest.mark.skipif(os.uname().machine != "x86_64", reason="int 0x80 is of x86_64")
+@need("programs_32bit")
 @pytest.mark.parametrize("name", ["open", "openat", "chmod", "chown", "chown32", "truncate64"])
 def test_calls_of_32_bit_programs(site: Site, name: str) -> None:
-    table = TABLES[AUDIT_ARCH_I386]
+    path, padding = b"/conf", (0,) * (os.uname().machine == "aarch64")
+    arguments: dict[str, tuple[int | bytes, ...]] = {
+        "open": (path, os.O_WRONLY),
+        "openat": (-100, path, os.O_RDWR),
+        "chmod": (path, 0o600),
+        "chown": (path, 7, 0xFFFF),
+        "chown32": (path, 7, 0xFFFFFFFF),
+        "truncate64": (path, *padding, 5, 0),  # where pairs of registers begin with an even one
+    }
+    number = TABLES[ARCHITECTURES[1]][name]
 
     def act() -> tuple[int, int]:
-        low = mmap.mmap(-1, 4096, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_32BIT)
-        low.write(b"/conf\0")
-        start = ctypes.c_char.from_buffer(low)
-        place = ctypes.addressof(start)
-        arguments = {
-            "open": (place, os.O_WRONLY),
-            "openat": (-100, place, os.O_RDWR),
-            "chmod": (place, 0o600),
-            "chown": (place, 7, 0xFFFF),
-            "chown32": (place, 7, 0xFFFFFFFF),
-            "truncate64": (place, 5, 0),
-        }[name]
-        answer = call32(table[name], *arguments)
-        del start
-        low.close()
-        return answer
+        return call32(number, *arguments[name])
 
     with shared_file(site) as shared:
         value, error = in_guest(site.pool, site.root("web"), act)
@@ -283,6 +295,112 @@ def test_calls_of_32_bit_programs(site: Site, name: str) -> None:
             assert (status.st_uid, status.st_gid) == (7, 0)
         if name == "truncate64":
             assert status.st_size == 5
+
+
+@need("programs_32bit")
+@pytest.mark.parametrize("name", ["truncate", "truncate64"])
+def test_a_32_bit_program_cuts_a_file_by_its_descriptor(site: Site, name: str) -> None:
+    """The supervisor does it itself, to the length that the call says, whatever stands in registers
+    that the call has no use for.
+    """
+    rest = (3, 3, 3)
+    lengths = {"truncate": (5,), "truncate64": (5, 0)}
+    if os.uname().machine == "aarch64":
+        lengths["truncate64"] = (3, 5, 0)
+    words = (*lengths[name], *rest)[:4]
+
+    def act() -> tuple[int, int]:
+        fd = os.open("/conf", os.O_RDONLY)
+        os.set_inheritable(fd, True)
+        return call32(TABLES[ARCHITECTURES[1]][name], b"/proc/self/fd/%d" % fd, *words)
+
+    with shared_file(site) as shared:
+        assert in_guest(site.pool, site.root("web"), act) == (0, 0)
+        assert shared.web.read_bytes() == CONTENT[:5]
+        assert shared.is_untouched()
+
+
+_TIMES = {
+    64: {
+        "utime": struct.pack("=2q", 500, 600),
+        "utimes": struct.pack("=4q", 500, 0, 600, 7),
+        "futimesat": struct.pack("=4q", 500, 0, 600, 7),
+        "utimensat": struct.pack("=4q", 500, 0, 600, 7000),
+    },
+    32: {
+        "utime": struct.pack("=2i", 500, 600),
+        "utimes": struct.pack("=4i", 500, 0, 600, 7),
+        "futimesat": struct.pack("=4i", 500, 0, 600, 7),
+        "utimensat": struct.pack("=4i", 500, 0, 600, 7000),
+        "utimensat_time64": struct.pack("=qIIqII", 500, 0, 9, 600, 7000, 9),  # no call looks at 9
+    },
+}
+_ARCHITECTURE = dict(zip(_TIMES, ARCHITECTURES, strict=True))
+
+
+def _set_times(width: int, name: str, times: bytes) -> tuple[int, int]:
+    """By the path of a descriptor."""
+    fd = os.open("/conf", os.O_RDONLY)
+    os.set_inheritable(fd, True)
+    folder = () if name in ("utime", "utimes") else (-100,)
+    words = (*folder, b"/proc/self/fd/%d" % fd, times, 0)
+    number = TABLES[_ARCHITECTURE[width]][name]
+    if width == 32:
+        return call32(number, *words)
+    texts = [ctypes.create_string_buffer(word) for word in words if isinstance(word, bytes)]
+    addresses = iter(texts)
+    values = (
+        ctypes.addressof(next(addresses)) if isinstance(word, bytes) else word for word in words
+    )
+    return call(number, *values)
+
+
+@need("programs_32bit")
+@pytest.mark.parametrize(
+    ("width", "name"),
+    [
+        (width, name)
+        for width, times in _TIMES.items()
+        for name in times
+        if name in TABLES[_ARCHITECTURE[width]]
+    ],
+)
+def test_times_by_the_path_of_a_descriptor_are_those_that_the_call_says(
+    site: Site, width: int, name: str
+) -> None:
+    with shared_file(site) as shared:
+        ran = Ran()
+        act = partial(_set_times, width, name, _TIMES[width][name])
+        assert in_guest(site.pool, site.root("web"), act, ran=ran) == (0, 0)
+        assert not ran.notes
+        status = shared.web.stat()
+        assert (status.st_atime_ns // 10**9, status.st_mtime_ns // 10**9) == (500, 600)
+        assert status.st_mtime_ns % 10**9 == (0 if name == "utime" else 7000)
+        assert not shared.web.samefile(shared.object)
+
+
+@pytest.mark.parametrize("ns", [-1, 10**9])
+def test_times_that_do_not_exist_are_refused(site: Site, ns: int) -> None:
+    times = struct.pack("=4q", 500, 0, 600, ns)
+    act = partial(_set_times, 64, "utimensat", times)
+    with shared_file(site) as shared:
+        assert in_guest(site.pool, site.root("web"), act) == (-1, errno.EINVAL)
+        assert shared.web.samefile(shared.object)
+
+
+@pytest.mark.parametrize("is_by_descriptor", [True, False])
+def test_a_negative_length_is_refused(site: Site, is_by_descriptor: bool) -> None:
+    def act() -> tuple[int, int]:
+        fd = os.open("/conf", os.O_RDONLY)
+        path = b"/proc/self/fd/%d" % fd if is_by_descriptor else b"/conf"
+        text = ctypes.create_string_buffer(path)
+        return call(TABLES_NATIVE["truncate"], ctypes.addressof(text), -1)
+
+    with shared_file(site) as shared:
+        ran = Ran()
+        assert in_guest(site.pool, site.root("web"), act, ran=ran) == (-1, errno.EINVAL)
+        assert shared.web.samefile(shared.object)
+        assert not ran.notes
 
 
 def _through_descriptors() -> dict[str, object]:

@@ -1,84 +1,110 @@
-"""The filter of copy-on-write links on aarch64: boots Debian 12's arm64 kernel and counts there.
+"""What the aarch64 machine boots from: Debian 12 for arm64, made where none of it can run.
 
-    CACHE/vm/aarch64/       CACHE as tests/fixtures/guests.py has it
-    ├── lists/ archives/    what apt fetched: Python, libseccomp and the kernel, for arm64; once
-    └── console.log         what the last run showed
+    CACHE/vm/aarch64/           CACHE as tests/fixtures/guests.py has it
+    ├── packages-<key>/         what apt fetched, with lists of its own
+    ├── image-<key>/            kernel and disk.ext4, as image.py has them
+    └── build.log               what pip and mkfs said
 
-All that the machine has is a RAM disk with these packages unpacked, this checkout's vrun and
-vstore, and aarch64-init as its only program.
+Packages are unpacked, and no script of theirs runs: what such scripts make and the tests need is
+made here, or at each boot by tests/vm/inside. The project's dependencies are wheels for arm64.
 """
 
-import fcntl
+import hashlib
 import os
 import re
 import shutil
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
+import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import IO, Final
+from typing import Any, Final
 
 from tests.fixtures.guests import find_mirror
-from tests.vm.image import CHECKOUT, ENDS_WITH_US, cache_folder
+from tests.vm.image import CHECKOUT, PROJECT, Image, make_disk, place_files, run_logged, say
 from vstore.errors import ToolError
 
-_QEMU: Final = "qemu-system-aarch64"
 _KERNEL: Final = "linux-image-cloud-arm64"
-_PACKAGES: Final = ("python3", "libseccomp2")
+_PACKAGES: Final = (
+    *("?essential", "?priority(required)"),
+    *("acl", "attr", "btrfs-progs", "busybox-static", "e2fsprogs", "iproute2", "kmod"),
+    *("libcap2-bin", "libseccomp2", "procps", "python3", "python3-pyxattr", "xfsprogs"),
+)
 _KEYRING: Final = "/usr/share/keyrings/debian-archive-keyring.gpg"
 _DEFAULT_MIRROR: Final = "http://deb.debian.org/debian"
-_LIMIT_S: Final = 300
-_NOT_NEEDED: Final = ("usr/share/doc", "usr/share/man", "lib/modules", "boot")
+
+_NO_WHEEL: Final = "pyxattr"
+"""A dependency that comes as a Debian package."""
+_FOR_TESTS: Final = ("hypothesis", "pytest", "pytest-timeout", "pytest-xdist")
+_PLATFORMS: Final = ("manylinux_2_17_aarch64", "manylinux_2_28_aarch64", "manylinux_2_34_aarch64")
+"""What Debian 12's C library (2.36) can load."""
+_PYTHON: Final = "3.11"
+
+_NOT_NEEDED: Final = ("usr/share/doc", "usr/share/man", "usr/share/locale")
+_ACCOUNTS: Final = ("passwd", "group")
+_SIGNING_IN: Final = {
+    **{"auth": "auth", "account": "account", "password": "password"},
+    **{"session": "session", "session-noninteractive": "session"},
+}
+"""Of /etc/pam.d, which else pam-auth-update writes."""
+_SCRIPT: Final = """\
+#!/opt/venv/bin/python
+import sys
+from {module} import {function}
+sys.exit({function}())
+"""
 
 
-def main() -> int:
-    """Run the checks; 0, or 1 with the reason on stderr."""
-    try:
-        return run()
-    except (OSError, subprocess.SubprocessError, ToolError) as error:
-        sys.stderr.write(f"test-vm: aarch64: {error}\n")
-        return 1
+def load_arm_image(cache: Path) -> Image:
+    """The image for this checkout, built where `cache` lacks it; the caller holds its lock.
+
+    Images for another state of the checkout are removed. Raises ToolError, which tells what could
+    not be done.
+    """
+    folder = cache / "aarch64"
+    folder.mkdir(exist_ok=True)
+    image = Image(folder / f"image-{_key()}")
+    packages = folder / f"packages-{_hash(_PACKAGES, _KERNEL)}"
+    for old in {path for path in folder.iterdir() if path.is_dir()} - {image.folder, packages}:
+        shutil.rmtree(old)
+    if not image.folder.exists():
+        say("building the disk of Debian for arm64: up to two minutes")
+        _build(image, packages, folder)
+    return image
 
 
-def run() -> int:
-    """Boot it; the exit status that it reported. Raises OSError, SubprocessError, ToolError."""
-    if not shutil.which(_QEMU):
-        raise ToolError(f"{_QEMU} is not installed", hint="apt-get install qemu-system-arm")
-    folder = cache_folder() / "aarch64"
-    with (cache_folder() / "aarch64.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        return _run(folder)
+def _key() -> str:
+    own = Path(__file__).read_text()
+    image = (CHECKOUT / "tests/vm/image.py").read_text()
+    init = (CHECKOUT / "tests/vm/init").read_text()
+    return _hash(own, image, init, _requirements(), _scripts())
 
 
-def _run(folder: Path) -> int:
-    packages = _fetch(folder)
-    with TemporaryDirectory(dir=cache_folder(), prefix="aarch64-") as work:
-        tree = Path(work) / "tree"
-        tree.mkdir()
-        for package in packages:
-            subprocess.run(["dpkg", "-x", package, tree], check=True)
-        kernel = Path(work) / "kernel"
-        shutil.copy(next(tree.glob("boot/vmlinuz-*")), kernel)
-        _add_ours(tree)
-        disk = Path(work) / "initrd"
-        with disk.open("wb") as file:
-            _write_cpio(tree, file)
-        console = folder / "console.log"
-        sys.stderr.write(f"test-vm: booting aarch64 (tcg); the console goes to {console}\n")
-        said = _boot(kernel, disk, console)
-    found = re.search(r"^exit (\d+)\s*$", said, re.MULTILINE)
-    sys.stdout.write("".join(f"{line}\n" for line in said.splitlines() if line.startswith("==")))
-    if not found:
-        raise ToolError(f"the machine ended without a result; see the end of {console}")
-    if int(found[1]):
-        sys.stdout.write(said)
-    return int(found[1])
+def _hash(*what: object) -> str:
+    return hashlib.sha256(repr(what).encode()).hexdigest()[:12]
+
+
+def _build(image: Image, packages: Path, folder: Path) -> None:
+    with TemporaryDirectory(dir=folder, prefix="work-") as work:
+        tree, part = Path(work) / "tree", Image(Path(work) / "image")
+        part.folder.mkdir()
+        _unpack(_fetch(packages), tree)
+        shutil.copy(next(tree.glob("boot/vmlinuz-*")), part.kernel)
+        _finish(tree)
+        log = folder / "build.log"
+        log.unlink(missing_ok=True)
+        _install(tree, log)
+        make_disk(tree, part, log)
+        part.folder.rename(image.folder)
+
+
+# --- Debian packages
 
 
 def _fetch(folder: Path) -> list[Path]:
-    """Packages for arm64, with apt and lists of their own; fetched once."""
+    """Packages for arm64, with apt and lists of its own; fetched once."""
     done = folder / "archives" / "complete"
     if not done.exists():
         shutil.rmtree(folder, ignore_errors=True)
@@ -121,70 +147,74 @@ def _apt(folder: Path, *argv: str) -> str:
     return done.stdout
 
 
-def _add_ours(tree: Path) -> None:
+def _unpack(packages: Sequence[Path], tree: Path) -> None:
+    for name in ("bin", "lib", "sbin"):
+        (tree / "usr" / name).mkdir(parents=True)
+        (tree / name).symlink_to(f"usr/{name}")
+    tar = ("tar", "-x", "-p", "--numeric-owner", "--keep-directory-symlink", "-C", tree)
+    for package in packages:
+        command = ("dpkg-deb", "--fsys-tarfile", package)
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as archive:
+            unpacked = subprocess.run(tar, stdin=archive.stdout, check=False)
+        if archive.returncode or unpacked.returncode:
+            raise ToolError(f"{package} cannot be unpacked")
+
+
+def _finish(tree: Path) -> None:
+    """Make what the packages' own scripts would."""
     for name in _NOT_NEEDED:
         shutil.rmtree(tree / name, ignore_errors=True)
-    project, packages = tree / "srv/vserver-tools", tree / "srv/packages"
-    packages.mkdir(parents=True)
-    ignore = shutil.ignore_patterns("__pycache__", "man")
-    for name in ("vrun", "vstore"):
-        shutil.copytree(CHECKOUT / name, project / name, ignore=ignore)
-    import pyseccomp  # pure Python, whatever machine it was installed for
-
-    shutil.copy(pyseccomp.__file__, packages)
-    shutil.copy(CHECKOUT / "tests/vm/aarch64-init", tree / "init")
-    (tree / "init").chmod(0o755)
-
-
-def _boot(kernel: Path, disk: Path, console: Path) -> str:
-    command: list[str | Path] = [
-        *ENDS_WITH_US,
-        *(_QEMU, "-M", "virt", "-cpu", "max,pauth-impdef=on", "-smp", "1", "-m", "1G"),
-        *("-nodefaults", "-nographic", "-no-reboot", "-nic", "none"),
-        *("-kernel", kernel, "-initrd", disk, "-append", "console=ttyAMA0 quiet panic=-1"),
-        *("-serial", f"file:{console}"),
-    ]
-    subprocess.run(command, check=True, timeout=_LIMIT_S, stdin=subprocess.DEVNULL)
-    return console.read_text(errors="replace").replace("\r", "")
+    for name in _ACCOUNTS:
+        shutil.copy(tree / f"usr/share/base-passwd/{name}.master", tree / "etc" / name)
+    for name, kind in _SIGNING_IN.items():
+        (tree / "etc/pam.d" / f"common-{name}").write_text(f"{kind} required pam_permit.so\n")
+    (tree / "etc/hostname").write_text("vserver-tools\n")
+    (tree / "etc/hosts").write_text("127.0.0.1 localhost vserver-tools\n")
+    os.mknod(tree / "dev/console", stat.S_IFCHR | 0o600, os.makedev(5, 1))
+    for name in ("mnt", "opt", "srv"):
+        (tree / name).mkdir()
+    place_files(tree)
 
 
-# --- the RAM disk: a cpio archive, see initramfs-buffer-format.rst of the kernel
+# --- Python packages
 
 
-def _write_cpio(tree: Path, file: IO[bytes]) -> None:
-    """All files of the tree, owned by root, and a console for the first process."""
-    for number, (name, mode, data) in enumerate(_entries(tree), start=1):
-        _write_entry(file, number, name, mode, data)
-    _write_entry(file, 0, "dev", stat.S_IFDIR | 0o755, b"")
-    _write_entry(file, 0, "dev/console", stat.S_IFCHR | 0o600, b"", device=(5, 1))
-    _write_entry(file, 0, "TRAILER!!!", 0, b"")
+def _install(tree: Path, log: Path) -> None:
+    """What `pip install --editable` makes of a venv in /opt/venv, with wheels for arm64."""
+    venv = tree / "opt/venv"
+    site, programs = venv / f"lib/python{_PYTHON}/site-packages", venv / "bin"
+    for folder in (site, programs):
+        folder.mkdir(parents=True)
+    (venv / "pyvenv.cfg").write_text("home = /usr/bin\ninclude-system-site-packages = true\n")
+    (programs / "python").symlink_to("/usr/bin/python3")
+    (site / "vserver-tools.pth").write_text(f"/{PROJECT}\n")
+    pip = (sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check")
+    target = ("--target", os.fspath(site), "--python-version", _PYTHON, "--only-binary=:all:")
+    platforms = [word for name in _PLATFORMS for word in ("--platform", name)]
+    run_logged((*pip, *target, *platforms, *_requirements()), log)
+    for name, entry in _scripts().items():
+        module, _, function = entry.partition(":")
+        (programs / name).write_text(_SCRIPT.format(module=module, function=function))
+        (programs / name).chmod(0o755)
 
 
-def _entries(tree: Path) -> Iterator[tuple[str, int, bytes]]:
-    for path in sorted(tree.rglob("*")):
-        mode = path.lstat().st_mode
-        data = b""
-        if stat.S_ISLNK(mode):
-            data = os.fsencode(path.readlink())
-        elif stat.S_ISREG(mode):
-            data = path.read_bytes()
-        yield os.fspath(path.relative_to(tree)), mode, data
+def _requirements() -> list[str]:
+    project = _project()
+    extra = project["optional-dependencies"]["dev"]
+    wanted = [word for word in extra if _name_of(word) in _FOR_TESTS]
+    return [word for word in project["dependencies"] if _name_of(word) != _NO_WHEEL] + wanted
 
 
-def _write_entry(
-    file: IO[bytes],
-    number: int,
-    name: str,
-    mode: int,
-    data: bytes,
-    device: tuple[int, int] = (0, 0),
-) -> None:
-    fields = (number, mode, 0, 0, 1, 0, len(data), 0, 0, *device, len(name.encode()) + 1, 0)
-    file.write(b"070701" + b"".join(b"%08X" % field for field in fields))
-    for part in (name.encode() + b"\0", data):
-        file.write(part)
-        file.write(bytes(-file.tell() % 4))
+def _name_of(requirement: str) -> str:
+    return re.split(r"[^\w.-]", requirement, maxsplit=1)[0]
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def _scripts() -> dict[str, str]:
+    """The console scripts: name to `module:function`."""
+    scripts: dict[str, str] = _project()["scripts"]
+    return scripts
+
+
+def _project() -> dict[str, Any]:
+    settings: dict[str, Any] = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]
+    return settings

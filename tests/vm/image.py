@@ -5,6 +5,7 @@
         ├── lock            flock: one build and one machine at a time
         ├── image-<key>/    kernel and disk.ext4; the project's dependencies are in its /opt/venv,
         │                   process 1 is its /sbin/vtest-init or systemd
+        ├── aarch64/        the other architecture's, which aarch64.py builds
         ├── build.log       what the programs that made it said
         └── console-<machine>.log  what the last run of it showed
 
@@ -19,7 +20,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -51,14 +52,14 @@ _PACKAGES: Final = (
 )
 _RECIPE: Final = Recipe("bookworm", "vm", _PACKAGES, variant="minbase")
 _DISK_SIZE: Final = "16G"  # sparse; the tests' own images lie on it, sparse too
-_PROJECT: Final = "srv/vserver-tools"
+PROJECT: Final = "srv/vserver-tools"
 _PLACES: Final = {"init": "sbin/vtest-init", "vtest.service": "etc/systemd/system/vtest.service"}
 """Files of this folder that are needed before the machine has the checkout."""
 
 _INSTALL: Final = f"""
 python3 -m venv --system-site-packages /opt/venv
 /opt/venv/bin/pip install --no-cache-dir --disable-pip-version-check \\
-    --config-settings editable_mode=compat --editable '/{_PROJECT}[dev]'
+    --config-settings editable_mode=compat --editable '/{PROJECT}[dev]'
 rm -rf /boot/initrd.img-* /usr/share/doc /usr/share/locale
 echo vserver-tools >/etc/hostname
 echo 127.0.0.1 localhost vserver-tools >/etc/hosts
@@ -85,10 +86,12 @@ ENDS_WITH_US: Final = ("setpriv", "--pdeathsig", "KILL", "--")
 _PROGRAMS: Final = {
     "debootstrap": "debootstrap",
     "mkfs.ext4": "e2fsprogs",
-    "qemu-system-x86_64": "qemu-system-x86",
     "unshare": "util-linux",
     "zstd": "zstd",
 }
+_EMULATORS: Final = {"aarch64": {"qemu-system-aarch64": "qemu-system-arm"}}
+_EMULATOR: Final = {"qemu-system-x86_64": "qemu-system-x86"}
+"""Of all other machines."""
 _NOT_SOURCE: Final = ("build", "dist", "*.egg-info", ".?*")
 """Patterns of names at the top of the checkout that are no part of the project."""
 
@@ -108,8 +111,8 @@ class Image:
         return self.folder / "disk.ext4"
 
 
-def check_host() -> None:
-    """Raises NotPermitted or ToolError, naming what this machine lacks for the virtual one."""
+def check_host(machines: Iterable[str]) -> None:
+    """Raises NotPermitted or ToolError, naming what this machine lacks for the virtual ones."""
     if os.geteuid() != 0:
         raise NotPermitted(
             "the virtual machine's disk cannot be built: not root",
@@ -117,7 +120,10 @@ def check_host() -> None:
         )
     if os.uname().machine != "x86_64":
         raise ToolError(f"the virtual machine's disk is built on x86_64, not {os.uname().machine}")
-    missing = {name: package for name, package in _PROGRAMS.items() if not shutil.which(name)}
+    wanted = dict(_PROGRAMS)
+    for machine in machines:
+        wanted |= _EMULATORS.get(machine, _EMULATOR)
+    missing = {name: package for name, package in wanted.items() if not shutil.which(name)}
     if missing:
         raise ToolError(
             f"not installed: {', '.join(missing)}",
@@ -159,22 +165,33 @@ def _build(image: Image, cache: Path) -> None:
     with TemporaryDirectory(dir=cache, prefix="work-") as work:
         tree, part = Path(work) / "tree", Image(Path(work) / "image")
         part.folder.mkdir()
-        _say("building its Debian tree, unless an earlier run has: up to two minutes")
+        say("building its Debian tree, unless an earlier run has: up to two minutes")
         _unpack_debian(tree)
-        _say("installing what the project depends on: up to a minute")
-        copy_checkout(tree / _PROJECT)
-        for name, place in _PLACES.items():
-            shutil.copy(_HERE / name, tree / place)
+        say("installing what the project depends on: up to a minute")
+        copy_checkout(tree / PROJECT)
+        place_files(tree)
         shutil.copy(next(tree.glob("boot/vmlinuz-*")), part.kernel)
         log = cache / "build.log"
         log.unlink(missing_ok=True)
-        _run(("sh", "-euc", _ENTER, "sh", os.fspath(tree), _INSTALL), log)
-        mkfs = ("mkfs.ext4", "-q", "-E", "nodiscard", "-d", os.fspath(tree))
-        _run((*mkfs, os.fspath(part.disk), _DISK_SIZE), log)
+        run_logged(("sh", "-euc", _ENTER, "sh", os.fspath(tree), _INSTALL), log)
+        make_disk(tree, part, log)
         part.folder.rename(image.folder)
 
 
-def _say(text: str) -> None:
+def place_files(tree: Path) -> None:
+    """Put there what is needed before the machine has the checkout."""
+    for name, place in _PLACES.items():
+        (tree / place).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(_HERE / name, tree / place)
+
+
+def make_disk(tree: Path, image: Image, log: Path) -> None:
+    """Write the image's disk with the tree on it."""
+    mkfs = ("mkfs.ext4", "-q", "-E", "nodiscard", "-d", os.fspath(tree))
+    run_logged((*mkfs, os.fspath(image.disk), _DISK_SIZE), log)
+
+
+def say(text: str) -> None:
     sys.stderr.write(f"test-vm: {text}\n")
 
 
@@ -200,7 +217,7 @@ def copy_checkout(target: Path) -> None:
     shutil.copytree(CHECKOUT, target, symlinks=True, ignore=ignore)
 
 
-def _run(command: Sequence[str], log: Path) -> None:
+def run_logged(command: Sequence[str], log: Path) -> None:
     """Run a program whose mounts and children end with it; its output goes to `log`."""
     alone = (*ENDS_WITH_US, "unshare", "--mount", "--pid", "--fork", "--kill-child", "--")
     environ = os.environ | {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8"}

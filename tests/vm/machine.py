@@ -2,21 +2,23 @@
 
     tests/vm/run [--machine MACHINE] [--accel kvm|tcg] [--limit SECONDS] [PYTEST ARGUMENT...]
 
-There are three machines, all with all cgroup controllers in one v2 hierarchy:
+There are four machines, all with all cgroup controllers in one v2 hierarchy:
 
     plain       process 1 is a script: tests of the kernel, and of control groups that are all ours
     systemd     process 1 is systemd, which owns the control groups: tests/vm/systemd
     shutdown    boots as hosts do, three times: it reboots and is turned off with guests that run,
                 and the next boot looks at what became of them: tests/vm/shutdown
+    aarch64     as plain, of another architecture, always emulated: tests of what knows numbers
+                of calls, machine code, or the layout of memory
 
 What is no option of ours is given to pytest: `tests/vm/run -k clock`, `tests/vm/run tests/root`.
 Without any all machines run, one after the other, each the tests meant for it; with some the plain
 one does, unless MACHINE is given. The exit status is pytest's, the first that is not 0; without one
 (a crash, the limit) it is 1.
 
-A machine has two disks: the image of image.py (what is written to it is thrown away in the end) and
-a tar archive with the checkout. It has two serial ports: the console, and one on which
-tests/vm/inside reports "exit N". It has no network.
+A machine has two disks: the image of image.py or aarch64.py (what is written to it is thrown away
+in the end) and a tar archive with the checkout. It has two serial ports: the console, and one on
+which tests/vm/inside reports "exit N". It has no network.
 """
 
 import argparse
@@ -30,11 +32,13 @@ import sys
 import tarfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import monotonic, sleep
 from typing import Final
 
+from tests.vm.aarch64 import load_arm_image
 from tests.vm.image import (
     ENDS_WITH_US,
     Image,
@@ -52,15 +56,38 @@ _PASSED_ON: Final = ("VTEST_REQUIRE", "VTEST_SOAK")
 _SYSTEMD: Final = (
     "init=/lib/systemd/systemd systemd.show_status=no systemd.unified_cgroup_hierarchy=1 "
 )
+_PLAIN: Final = ("init=/sbin/vtest-init",)
 _MACHINES: Final = {
-    "plain": ("init=/sbin/vtest-init",),
+    "plain": _PLAIN,
     "systemd": (_SYSTEMD + "systemd.unit=vtest.service",),
     "shutdown": tuple(
         f"{_SYSTEMD}systemd.wants=vtest.service systemd.setenv=VTEST_BOOT={boot}"
         for boot in (1, 2, 3)
     ),
+    "aarch64": _PLAIN,
 }
 """What each is told on its kernel's command line, in each of its boots."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hardware:
+    """What qemu is to be, and how serial ports are had there."""
+
+    program: tuple[str, ...]
+    console: str
+    """The first serial port, as the kernel names it."""
+    report: tuple[str, ...]
+    """Options for the second one, which is to write to the character device `report`."""
+
+
+_X86: Final = Hardware(
+    ("qemu-system-x86_64", "-cpu", "max"), "ttyS0", ("-serial", "chardev:report")
+)
+_ARM: Final = Hardware(  # the architecture's own pointer authentication is slow to emulate
+    ("qemu-system-aarch64", "-M", "virt", "-cpu", "max,pauth-impdef=on"),
+    "ttyAMA0",
+    ("-device", "pci-serial,chardev=report"),
+)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -74,7 +101,7 @@ def main(arguments: Sequence[str]) -> int:
     machines = [ours.machine or "plain"] if ours.machine or pytest_arguments else list(_MACHINES)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        check_host()
+        check_host(machines)
         with _only_one(cache_folder()) as cache:
             codes = [
                 _run_tests(cache, machine, pytest_arguments, accel=ours.accel, limit_s=ours.limit)
@@ -104,11 +131,13 @@ def _only_one(cache: Path) -> Iterator[Path]:
 def _run_tests(
     cache: Path, machine: str, pytest_arguments: Sequence[str], *, accel: str | None, limit_s: int
 ) -> int:
-    image = load_image(cache)
+    is_arm = machine == "aarch64"
+    image = load_arm_image(cache) if is_arm else load_image(cache)
+    hardware = _ARM if is_arm else _X86
     with TemporaryDirectory(dir=cache, prefix="work-") as folder:
         work = Path(folder)
         _pack_checkout(work, pytest_arguments)
-        chosen = accel or _choose_accelerator(cache, image)
+        chosen = "tcg" if is_arm else accel or _choose_accelerator(cache, image)
         disk = f"{image.disk},snapshot=on"
         if len(_MACHINES[machine]) > 1:  # what one boot writes, the next one finds
             disk = os.fspath(work / "disk.ext4")
@@ -118,8 +147,9 @@ def _run_tests(
             sys.stderr.write(
                 f"test-vm: booting {machine} ({chosen}); the console goes to {console}\n"
             )
-            command = _qemu(image, disk, chosen, parameters)
-            if code := _run_boot(command, work, console, limit_s=limit_s):
+            command = _qemu(hardware, image, disk, chosen, parameters)
+            ports = ("-serial", f"file:{console}", *hardware.report)
+            if code := _run_boot([*command, *ports], work, console, limit_s=limit_s):
                 return code
     return 0
 
@@ -165,7 +195,7 @@ def _choose_accelerator(cache: Path, image: Image) -> str:
 def _boots_with_kvm(image: Image) -> bool:
     """Whether the kernel starts its first process, which ends at once, in good time."""
     disk = f"{image.disk},snapshot=on"
-    command = [*_qemu(image, disk, "kvm", "init=/bin/true"), "-serial", "null"]
+    command = [*_qemu(_X86, image, disk, "kvm", "init=/bin/true"), "-serial", "null"]
     try:
         done = subprocess.run(command, capture_output=True, timeout=_KVM_LIMIT_S, check=False)
     except subprocess.TimeoutExpired:
@@ -173,15 +203,16 @@ def _boots_with_kvm(image: Image) -> bool:
     return done.returncode == 0
 
 
-def _qemu(image: Image, disk: str, accel: str, *parameters: str) -> list[str]:
+def _qemu(hardware: Hardware, image: Image, disk: str, accel: str, *parameters: str) -> list[str]:
     """The command but for serial ports; panic=-1 and -no-reboot make every way out end it.
 
     `disk` is the file of its root, with qemu's options.
     """
-    options = "root=/dev/nvme0n1 rw rootflags=noinit_itable console=ttyS0 quiet panic=-1"
+    options = "root=/dev/nvme0n1 rw rootflags=noinit_itable quiet panic=-1"
+    options += f" console={hardware.console}"
     return [
         *ENDS_WITH_US,
-        *("qemu-system-x86_64", "-accel", accel, "-cpu", "max", "-smp", "2", "-m", _MEMORY),
+        *(*hardware.program, "-accel", accel, "-smp", "2", "-m", _MEMORY),
         *("-nodefaults", "-display", "none", "-no-reboot"),
         *("-kernel", os.fspath(image.kernel), "-append", " ".join([options, *parameters])),
         *_disk("root", f"{disk},cache=unsafe"),
@@ -198,7 +229,7 @@ def _boot(machine: Sequence[str], work: Path, console: Path, *, limit_s: int) ->
     command = [
         *machine,
         *_disk("checkout", f"{work}/checkout.tar,readonly=on"),
-        *("-serial", f"file:{console}", "-serial", f"file:{work}/report"),
+        *("-chardev", f"file,id=report,path={work}/report"),
     ]
     deadline = monotonic() + limit_s
     console.write_bytes(b"")

@@ -23,6 +23,9 @@ from vstore import inode
 _TRIES: Final = 32
 _UTIME_NOW: Final = (1 << 30) - 1  # linux/stat.h
 _UTIME_OMIT: Final = (1 << 30) - 2
+_SPECIAL: Final = (_UTIME_NOW, _UTIME_OMIT)
+_TIMES_64: Final = struct.Struct("=qI4xqI4x")
+"""Of two times of a 32-bit program, nanoseconds are what the lower halves say."""
 _XATTR_SIZE_MAX: Final = 65536
 _REOPENED: Final = ~(os.O_CREAT | os.O_EXCL | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC)
 _AS_IT_IS: Final = 0xFFFFFFFF
@@ -108,33 +111,62 @@ def fchown16(desk: Desk, asked: Asked, fd: int, uid: int, gid: int) -> None:
 
 
 def utime(desk: Desk, asked: Asked, address: int, times: int) -> None:
-    """Also utimes(2): both take any times but none."""
-    _change(desk, asked, AT_FDCWD, address, 0, _touch(desk, is_now=not times))
+    wanted = None
+    if times:
+        found = _read_longs(asked, times, 2)
+        if found is None:
+            return  # EFAULT
+        wanted = (found[0], 0, found[1], 0)
+    _change_times(desk, asked, AT_FDCWD, address, wanted)
 
 
 def futimesat(desk: Desk, asked: Asked, directory: int, address: int, times: int) -> None:
-    check = _touch(desk, is_now=not times)
-    if address:
-        _change(desk, asked, directory, address, 0, check)
-    else:
-        _change_open(desk, asked, directory, check)
+    """Also utimes(2), which has no descriptor."""
+    wanted = None
+    if times:
+        found = _read_longs(asked, times, 4)
+        if found is None or not all(0 <= microseconds < 10**6 for microseconds in found[1::2]):
+            return  # EFAULT, EINVAL
+        access_s, access_us, change_s, change_us = found
+        wanted = (access_s, access_us * 1000, change_s, change_us * 1000)
+    _change_times(desk, asked, directory, address, wanted)
 
 
 def utimensat(
     desk: Desk, asked: Asked, directory: int, address: int, times: int, flags: int
 ) -> None:
-    is_now, act = not times, None
+    wanted = None
     if times:
-        is_narrow = asked.call.arch in NARROW
-        layout = struct.Struct("=4i" if is_narrow and not asked.is_time64 else "=4q")
-        data = kernel.read_bytes(asked.call.tid, times, layout.size)
-        if data is None:
-            return  # EFAULT
-        _, access, _, change = layout.unpack(data)
-        if access == change == _UTIME_OMIT:
+        found = _read_longs(asked, times, 4)
+        if found is None or not all(ns in _SPECIAL or 0 <= ns < 10**9 for ns in found[1::2]):
+            return  # EFAULT, EINVAL
+        access_s, access_ns, change_s, change_ns = found
+        if access_ns == change_ns == _UTIME_OMIT:
             return  # does nothing, whatever it is asked for
-        is_now = access == change == _UTIME_NOW
-        act = _set_times(*layout.unpack(data))
+        wanted = (access_s, access_ns, change_s, change_ns)
+    _change_times(desk, asked, directory, address, wanted, flags)
+
+
+def _read_longs(asked: Asked, address: int, count: int) -> tuple[int, ...] | None:
+    """So many numbers of the caller's memory; None where they are not all there."""
+    layout = struct.Struct(f"={count}{'i' if asked.call.arch in NARROW else 'q'}")
+    if asked.is_time64:
+        layout = _TIMES_64
+    data = kernel.read_bytes(asked.call.tid, address, layout.size)
+    return None if data is None else layout.unpack(data)
+
+
+def _change_times(
+    desk: Desk,
+    asked: Asked,
+    directory: int,
+    address: int,
+    wanted: tuple[int, int, int, int] | None,
+    flags: int = 0,
+) -> None:
+    """`wanted`: as _set_times() takes them; None is now."""
+    act = _set_times(*wanted) if wanted else None
+    is_now = not wanted or wanted[1] == wanted[3] == _UTIME_NOW
     check = _touch(desk, is_now=is_now)
     if address:
         _change(desk, asked, directory, address, flags, check, act)

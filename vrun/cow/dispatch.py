@@ -7,7 +7,7 @@ from vrun.cow import changing, naming, opening
 from vrun.cow.desk import Asked, Desk
 from vrun.cow.kernel import AT_FDCWD
 from vrun.cow.kernel import AT_SYMLINK_NOFOLLOW as NOFOLLOW
-from vrun.cow.numbers import ARCHITECTURES, TABLES
+from vrun.cow.numbers import ARCHITECTURES, AUDIT_ARCH_ARM, TABLES
 
 Serve = Callable[[Desk, Asked], None]
 
@@ -20,6 +20,12 @@ def _int(value: int) -> int:
 
 def _low(value: int) -> int:
     return value & 0xFFFFFFFF
+
+
+def _long(low: int, high: int) -> int:
+    """A signed number of 64 bits, of two halves."""
+    value = _low(high) << 32 | _low(low)
+    return value - (1 << 64) if value & 1 << 63 else value
 
 
 def _utimensat_time64(desk: Desk, asked: Asked) -> None:
@@ -54,15 +60,17 @@ def _linkat(desk: Desk, asked: Asked) -> None:
 
 
 def _truncate64(desk: Desk, asked: Asked) -> None:
-    """Its length comes in two halves; only whether it is 0 matters."""
-    opening.truncate(desk, asked, asked.call.a0, asked.call.a1 | asked.call.a2 | asked.call.a3)
+    """Its length comes in two halves: on ARM in registers of which the first is an even one."""
+    c = asked.call
+    length = _long(c.a2, c.a3) if c.arch == AUDIT_ARCH_ARM else _long(c.a1, c.a2)
+    opening.truncate(desk, asked, c.a0, length)
 
 
 SERVED: Final[dict[str, Serve]] = {
     "open": lambda d, a: opening.openat(d, a, AT_FDCWD, a.call.a0, _low(a.call.a1)),
     "openat": lambda d, a: opening.openat(d, a, _int(a.call.a0), a.call.a1, _low(a.call.a2)),
     "creat": lambda d, a: opening.creat(d, a, a.call.a0),
-    "truncate": lambda d, a: opening.truncate(d, a, a.call.a0, a.call.a1),
+    "truncate": lambda d, a: opening.truncate(d, a, a.call.a0, _long(a.call.a1, a.call.a1 >> 32)),
     "truncate64": _truncate64,
     "unlink": lambda d, a: naming.unlinkat(d, a, AT_FDCWD, a.call.a0, 0),
     "unlinkat": lambda d, a: naming.unlinkat(d, a, _int(a.call.a0), a.call.a1, _low(a.call.a2)),
@@ -89,7 +97,7 @@ SERVED: Final[dict[str, Serve]] = {
         *(_low(a.call.a2), _low(a.call.a3), _low(a.call.a4)),
     ),
     "utime": lambda d, a: changing.utime(d, a, a.call.a0, a.call.a1),
-    "utimes": lambda d, a: changing.utime(d, a, a.call.a0, a.call.a1),
+    "utimes": lambda d, a: changing.futimesat(d, a, AT_FDCWD, a.call.a0, a.call.a1),
     "futimesat": lambda d, a: changing.futimesat(d, a, _int(a.call.a0), a.call.a1, a.call.a2),
     "utimensat": lambda d, a: changing.utimensat(
         d, a, _int(a.call.a0), a.call.a1, a.call.a2, _low(a.call.a3)
@@ -104,6 +112,7 @@ SERVED: Final[dict[str, Serve]] = {
 }
 
 _OLD: Final[dict[str, Serve]] = {
+    "truncate": lambda d, a: opening.truncate(d, a, a.call.a0, _int(a.call.a1)),
     "chown": lambda d, a: changing.fchownat16(d, a, a.call.a0, a.call.a1, a.call.a2, 0),
     "lchown": lambda d, a: changing.fchownat16(d, a, a.call.a0, a.call.a1, a.call.a2, NOFOLLOW),
     "fchown": lambda d, a: changing.fchown16(d, a, _int(a.call.a0), a.call.a1, a.call.a2),
@@ -111,7 +120,7 @@ _OLD: Final[dict[str, Serve]] = {
     "lchown32": SERVED["lchown"],
     "fchown32": SERVED["fchown"],
 }
-"""Where there are calls of these names, those without the 32 have ids of 16 bits."""
+"""Where `long` has four bytes: ids of 16 bits in calls whose names are without the 32."""
 
 
 def _serves(table: dict[str, int]) -> dict[int, Serve]:
