@@ -12,7 +12,6 @@ from typing import Final
 from vrun.context import Context
 from vrun.cow.heir import NONE, OPEN
 from vrun.errors import ToolError
-from vstore import lease
 from vstore.guest import COPY_ON_WRITE, rundir, vdirbase
 
 LISTENER: Final = "listener"
@@ -51,19 +50,25 @@ def prepare(context: Context) -> None:
     """
     context.protection = choose(context)
     if context.protection == COPY_ON_WRITE:
-        if not lease.are_all_seen():
-            raise ToolError(
-                f"guest {context.spec.name}: it shares files, and cannot be kept from writing to "
-                "them here: this is not the host's namespace of processes, and /proc/locks does "
-                "not show who waits for a killed program's leases",
-                hint=_ELSEWHERE,
-            )
+        _check_leases(context)
         from vrun.cow.keeping import Supervision  # a guest that shares nothing pays nothing
 
         context.supervision = Supervision(
             vdirbase() / _POOL, context.loop, context.audience.note, name=context.spec.name
         )
         context.supervision.begin()
+
+
+def _check_leases(context: Context) -> None:
+    from vstore import lease
+
+    if not lease.are_all_seen():
+        raise ToolError(
+            f"guest {context.spec.name}: it shares files, and cannot be kept from writing to them "
+            "here: this is not the host's namespace of processes, and /proc/locks does not show "
+            "who waits for a killed program's leases",
+            hint=_ELSEWHERE,
+        )
 
 
 def program(context: Context) -> bytes:
