@@ -109,6 +109,19 @@ def find_metadata(name: str) -> str:
     return name.partition(".")[2].rpartition("-")[0]
 
 
+def load_metadata(fd: int) -> str:
+    """What `state_metadata` states of the inode behind `fd`. Raises OSError."""
+    status = os.fstat(fd)
+    return state_metadata(
+        status.st_size,
+        status.st_mode,
+        status.st_uid,
+        status.st_gid,
+        status.st_mtime_ns,
+        digest_xattrs(fd),
+    )
+
+
 def digest_xattrs(fd: int) -> bytes:
     """BLAKE3 of the sorted extended attributes of the inode behind `fd`; empty when it has none.
 

@@ -11,7 +11,7 @@ from array import array
 from bisect import bisect_left
 from typing import Final
 
-from vstore.pool import FOLDERS, Pool, digest_xattrs, find_metadata, state_metadata
+from vstore.pool import FOLDERS, Pool, find_metadata, load_metadata
 
 _TICK_NS: Final = 50_000_000
 """A folder that changed so shortly before it was read may change again under the same mtime."""
@@ -49,19 +49,10 @@ class Objects:
 
         One that has not has been attacked, and is being put right. Raises OSError.
         """
-        status = os.fstat(fd)
-        mark = self._find(status.st_ino)
+        mark = self._find(os.fstat(fd).st_ino)
         if mark is None:
             return False
-        found = state_metadata(
-            status.st_size,
-            status.st_mode,
-            status.st_uid,
-            status.st_gid,
-            status.st_mtime_ns,
-            digest_xattrs(fd),
-        )
-        return mark == _mark(mark & _FOLDER_BITS, found)
+        return mark == _mark(mark & _FOLDER_BITS, load_metadata(fd))
 
     def load(self) -> None:
         """Read what has changed since it was read last; takes 2 µs an object and 0.3 ms."""

@@ -16,7 +16,7 @@ from vstore import extents, inode, syscalls
 from vstore.copy.area import Area
 from vstore.errors import NoSpace
 from vstore.folders import join
-from vstore.pool import Pool, digest_xattrs, find_metadata, state_metadata
+from vstore.pool import Pool, find_metadata, load_metadata
 from vstore.scan import open_below
 from vstore.window import Windows
 
@@ -44,7 +44,6 @@ DIR, SYMLINK, NODE, EMPTY, LINK, NEW, OWN, NAME, RELINK, FINISH = range(10)
 _OBJECTS_A_WINDOW: Final = 120
 _PROC_FDS: Final = "/proc/self/fd"
 _NEW_FILE: Final = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-_ACLS: Final = ("system.posix_acl_access", "system.posix_acl_default")
 _NO_ROOM: Final = frozenset((errno.ENOSPC, errno.EDQUOT))
 _GONE: Final = "its object left the pool meanwhile; run the command again"
 
@@ -131,9 +130,7 @@ class Placer:
             above, _, name = path.rpartition(b"/")
             os.mkdir(name, 0o700, dir_fd=self._open_folder(above))
         fd = self._open_folder(path)
-        for acl in _ACLS:  # a default ACL above would reach all that is made in here
-            with suppress(OSError):
-                os.removexattr(fd, acl)
+        inode.remove_acls(fd)  # a default one above would reach all that is made in here
 
     def _finish_folder(self, spot: Spot, meta: Meta) -> None:
         _dress(self._open_folder(spot[1]), meta)
@@ -466,14 +463,5 @@ def _dress(fd: int, meta: Meta) -> None:
 
 def _check_metadata(fd: int, name: str) -> None:
     """What is to be an object has all that its name says. Its content was read when it arrived."""
-    status = os.fstat(fd)
-    found = state_metadata(
-        status.st_size,
-        status.st_mode,
-        status.st_uid,
-        status.st_gid,
-        status.st_mtime_ns,
-        digest_xattrs(fd),
-    )
-    if found != find_metadata(name):
+    if load_metadata(fd) != find_metadata(name):
         raise OSError(errno.EINVAL, "the file system does not keep its metadata")
