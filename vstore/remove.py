@@ -191,12 +191,15 @@ def _check(tree: Tree, pool: Pool) -> None:
             f"{tree.path}: lies inside the pool {pool.path}",
             hint="objects that no guest uses go with: vpool reclaim",
         )
-    real = os.fspath(Path(f"/proc/self/fd/{tree.fd}").readlink())
+    refuse_mounts(tree.path, tree.fd)
+
+
+def refuse_mounts(path: str, fd: int) -> None:
+    """Raises WrongUsage where something is mounted on or in the folder behind `fd`."""
+    real = os.fspath(Path(f"/proc/self/fd/{fd}").readlink())
     for mount in _list_mounts():
         if mount == real or mount.startswith(f"{real}/"):
-            raise WrongUsage(
-                f"{tree.path}: something is mounted at {mount}", hint="unmount it first"
-            )
+            raise WrongUsage(f"{path}: something is mounted at {mount}", hint="unmount it first")
 
 
 def _key(fd: int) -> tuple[int, int]:

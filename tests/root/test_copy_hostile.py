@@ -303,6 +303,98 @@ def test_whoever_knows_a_digest_alone_gets_nothing_where_proofs_are_asked(site: 
     assert (site.root("new") / "f").read_bytes() == secret
 
 
+# --- a hostile side while a copy is brought up to date
+
+
+_TWO_FOLDERS = [File("etc/f", b"x" * 99), File("var/f", b"x" * 99)]
+
+
+def _honest_sums() -> list[m.FolderSum]:
+    """Of the root and of etc, as the program itself says them."""
+    with _server() as dialogue:
+        dialogue.send(m.Request("send", "web", "x", refresh=True))
+        dialogue.expect(m.Source)
+        dialogue.send(m.Target(m.Identity(), "x", False))
+        dialogue.expect(m.Sum)
+        dialogue.send(m.Same(same=False, compares=True))
+        found = dialogue.expect(m.Folders).folders
+    return [folder for folder in found if folder[0] != b"var"]
+
+
+@contextmanager
+def _refreshed(site: Site) -> Iterator[m.Dialogue]:
+    """The honest side has a copy `web` that differs, and waits for what the folders have."""
+    if not site.root("web").exists():
+        site.add_guest("web", _TWO_FOLDERS)
+    before = snapshot(site.root("web"))
+    with _server() as dialogue:
+        dialogue.send(m.Request("receive", "web", "web", refresh=True))
+        dialogue.send(m.Source("web", os.uname().machine, False, False, m.Identity(), 9, 999, []))
+        dialogue.expect(m.Target)
+        dialogue.send(m.Sum(bytes(32), 5, 198))
+        assert dialogue.expect(m.Same) == m.Same(same=False, compares=True)
+        yield dialogue
+    assert differences(before, snapshot(site.root("web"))) == []
+
+
+def _sums(*paths: bytes, reach: int = 1 << 30) -> m.Folders:
+    return m.Folders([(path, bytes(16), reach) for path in paths], last=True)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        _sums(b"", b"../canary"),
+        _sums(b"", b"/etc"),
+        _sums(b"", b"etc", b"etc"),
+        _sums(b"", b"etc/./f"),
+        m.Below(b""),
+        m.Batch(0, 0, msgspec.Raw(pack_parts([_ROOT])), b"\0", b"\0"),
+    ],
+)
+def test_folders_that_cannot_be_end_the_copy(site: Site, message: m.Folders) -> None:
+    with _refreshed(site) as dialogue:
+        dialogue.send(message)
+        with _refused():
+            dialogue.expect(m.Below)
+
+
+@pytest.mark.parametrize("name", ["up", "path up", "no root", "twice", "link to what is not"])
+def test_crafted_manifests_of_one_folder_end_the_copy(site: Site, canary: Path, name: str) -> None:
+    """What is sent lies below the folder that was asked for, whatever is said of its paths."""
+    site.add_guest("web", _TWO_FOLDERS)
+    sums = [*_honest_sums(), (b"var", bytes(16), 1)]
+    with _refreshed(site) as dialogue:
+        dialogue.send(m.Folders(sums, last=True))
+        assert dialogue.expect(m.Below) == m.Below(b"var")
+        with _refused():
+            _send_and_end(_Tree(dialogue), _CRAFTED[name])
+
+
+@pytest.mark.parametrize("path", [b"..", b"/etc", b"none", b"etc/f", b"et", b"var/../etc"])
+def test_wishes_for_folders_that_cannot_be_end_the_copy(site: Site, path: bytes) -> None:
+    site.add_guest("web", [File("etc/f", b"x" * 99)])
+    with _server() as dialogue:
+        dialogue.send(m.Request("send", "web", "x", refresh=True))
+        dialogue.expect(m.Source)
+        dialogue.send(m.Target(m.Identity(), "x", False))
+        dialogue.expect(m.Sum)
+        dialogue.send(m.Same(same=False, compares=True))
+        dialogue.expect(m.Folders)
+        dialogue.send(m.Below(path))
+        with _refused("a folder that is not there"):
+            dialogue.expect(m.Batch)
+
+
+def test_a_wish_to_compare_a_first_copy_ends_it(site: Site) -> None:
+    site.add_guest("web", [File("etc/f", b"x" * 99)])
+    with _server() as dialogue:
+        _fetch(dialogue, "web")
+        dialogue.send(m.Same(same=False, compares=True))
+        with _refused():
+            dialogue.expect(m.Folders)
+
+
 # --- a hostile receiver
 
 
@@ -353,7 +445,7 @@ def _answer_all(dialogue: m.Dialogue, answers: list[Any]) -> None:
     max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
-    frames=st.lists(st.tuples(st.integers(0, 20), st.binary(max_size=200)), min_size=1, max_size=6)
+    frames=st.lists(st.tuples(st.integers(0, 22), st.binary(max_size=200)), min_size=1, max_size=6)
 )
 def test_frames_of_anything_never_bring_a_side_down(
     site: Site, frames: list[tuple[int, bytes]]

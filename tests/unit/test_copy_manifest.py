@@ -46,7 +46,7 @@ def test_rows_arrive_as_they_were_packed(
         Row(name, stat.S_IFREG | mode, *ids, mtime, size, _D, xattrs),
         Row(name + b"", stat.S_IFLNK | 0o777, *ids, mtime, text=b"to/../there"),
         Row(name, stat.S_IFBLK | mode, *ids, mtime, rdev=os.makedev(7, 3)),
-        Row(name, stat.S_IFREG | mode, link=0),
+        Row(name, stat.S_IFREG | mode, link=1),
     ]
     parts = [(path, [Row(b"", _DIR)]), (path, rows)]
     assert unpack_parts(pack_parts(parts), 0) == parts
@@ -81,9 +81,9 @@ def test_paths_that_lead_elsewhere_are_refused(path: bytes) -> None:
         Row(b"f", _FILE, digest=_D, mtime_ns=-(1 << 63) - 1 + 1, xattrs=[(b"os2.x", b"")]),
         Row(b"f", _FILE, digest=_D, xattrs=[(b"user.x", b"1"), (b"user.x", b"2")]),
         Row(b"f", _FILE, digest=_D, xattrs=[(b"user.x\0", b"1")]),
-        Row(b"f", _FILE, link=0),
+        Row(b"f", _FILE, link=1),
         Row(b"f", _FILE, link=7),
-        Row(b"", _DIR, link=0),
+        Row(b"", _DIR, link=1),
     ],
 )
 def test_rows_that_cannot_be_are_refused(row: Row) -> None:
@@ -179,6 +179,6 @@ def test_xattrs_have_the_digest_that_the_pool_gives_them() -> None:
 def test_what_the_pool_cannot_hold_stays_private() -> None:
     good = Row(b"f", _FILE, digest=_D, size=16)
     assert can_be_object(good, min_size=16)
-    for field, value in (("size", 15), ("mtime_ns", 1 << 63), ("link", 0)):
+    for field, value in (("size", 15), ("mtime_ns", 1 << 63), ("link", 1)):
         row = msgspec.structs.replace(good, **{field: value})
         assert not can_be_object(row, min_size=16)

@@ -3,7 +3,7 @@
     VDIRBASE/
     ├── web/                     the target; not touched before the last rename
     └── web.copy-3f9a12cd/       0700, under a flock while its program lives
-        ├── tree/                what becomes the target
+        ├── tree/                what becomes the target, or one folder of it
         └── arrived/
             ├── <digest>         a content that has come; who finds it later reads it first
             ├── part-<row>       one that is coming

@@ -6,6 +6,7 @@ from typing import Final
 from vstore.copy.choice import Wish
 from vstore.copy.manifest import Row
 from vstore.copy.messages import Batch
+from vstore.folders import join
 
 _NAMED_AT_MOST: Final = 1000
 _SHOWN: Final = 4000  # bytes of a path
@@ -13,8 +14,11 @@ _SHOWN: Final = 4000  # bytes of a path
 
 @dataclass(slots=True)
 class Tally:
-    """What came of a run. `errors` are (path, reason)."""
+    """What came of a run. `errors` are (path, reason), with paths below the guest's root, which is
+    noted with that of the tree at `below`.
+    """
 
+    below: bytes = b""
     rows: int = 0
     files: int = 0
     files_sent: int = 0
@@ -30,7 +34,10 @@ class Tally:
     def note_error(self, path: bytes, reason: str) -> None:
         self.error_count += 1
         if len(self.errors) < _NAMED_AT_MOST:
-            self.errors.append((path[:_SHOWN], reason[:_SHOWN]))
+            self.errors.append((join(self.below, path)[:_SHOWN], reason[:_SHOWN]))
+
+    def note_left_out(self, path: bytes, reason: str) -> None:
+        self.left_out.append((join(self.below, path)[:_SHOWN], reason))
 
 
 @dataclass(slots=True)

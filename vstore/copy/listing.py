@@ -20,8 +20,9 @@ from blake3 import blake3
 from vstore import index, inode, lease
 from vstore.copy import blocks
 from vstore.copy.known import Contents, Digests, Key
-from vstore.copy.manifest import Part, Row, can_be_object, digest_of_xattrs, pack_parts
-from vstore.copy.messages import ROWS_A_BATCH
+from vstore.copy.manifest import Row, can_be_object, digest_of_xattrs
+from vstore.copy.outline import Outline
+from vstore.copy.packing import Listed, Packer
 from vstore.copy.shelf import Inodes
 from vstore.digest import digest_content
 from vstore.exclude import Excludes
@@ -30,7 +31,6 @@ from vstore.pool import Identity, Pool
 from vstore.scan import open_below
 
 _MIN_SIZE: Final = 16  # bytes, as vunify
-_BODY_LIMIT: Final = 3 << 20  # bytes of a batch
 SMALL: Final = 512 << 10
 """Files (bytes) that are read, and sent, in one piece."""
 _BLOCKS_AT_MOST: Final = 16 << 20  # bytes of digests of blocks
@@ -46,34 +46,9 @@ Xattrs = Sequence[tuple[bytes, bytes]]
 
 
 @dataclass(slots=True)
-class Listed:
-    """A batch: its rows, and what only this side knows of them."""
-
-    number: int
-    first: int
-    parts: list[Part] = field(default_factory=list)
-    shared: list[int] = field(default_factory=list)  # places in the batch
-    groups: list[int] = field(default_factory=list)  # the same, of first names of inodes
-    keys: list[Key | None] = field(default_factory=list)
-    packed: bytes = b""
-    weight: int = 0
-
-    @property
-    def count(self) -> int:
-        return len(self.keys)
-
-    def rows(self) -> Iterator[tuple[bytes, Row]]:
-        """Each row with its folder's path."""
-        for path, rows in self.parts:
-            for row in rows:
-                yield path, row
-
-
-@dataclass(slots=True)
 class Found:
     """What a listing counted; `errors` are (path, reason)."""
 
-    rows: int = 0
     files: int = 0
     size: int = 0
     skipped: dict[str, int] = field(default_factory=dict)
@@ -81,6 +56,15 @@ class Found:
 
     def skip(self, reason: str) -> None:
         self.skipped[reason] = self.skipped.get(reason, 0) + 1
+
+
+@dataclass(slots=True)
+class _Group:
+    """An inode with several names: its first row, the folder of that, names to come."""
+
+    first: int
+    folder: bytes
+    names: int
 
 
 class Listing:
@@ -96,10 +80,11 @@ class Listing:
         is_still: bool,
         keeps_blocks: bool = False,
         keeps_contents: bool = False,
+        outline: Outline | None = None,
     ) -> None:
         self.found = Found()
-        self.digest = blake3()
-        self.next_batch = 0
+        self.packer = Packer(outline=outline)
+        self.outline = outline
         self._root_fd = root_fd
         self._rewritten = rewritten
         self._is_still = is_still  # nothing writes to the tree: digests may be kept
@@ -114,14 +99,15 @@ class Listing:
         self._objects = Inodes(pool if has_objects else None)
         self._digests = Digests(pool if has_objects else None, root_fd)
         self._contents = Contents() if keeps_contents else None
-        self._groups: dict[int, tuple[int, int]] = {}  # inode -> its first row, names to come
-        self._batch = Listed(0, 0)
+        self._groups: dict[int, _Group] = {}
         lease.ignore_break_signals()
 
     def close(self) -> None:
         """Keep the new digests for the next run."""
         self._digests.close()
         self._objects.close()
+        if self.outline is not None:
+            self.outline.close()
 
     def stop(self) -> None:
         """What is being listed, in another thread, is of no use: come to an end soon."""
@@ -139,10 +125,10 @@ class Listing:
             yield from self._list_folder(folder)
         for path in sorted(missed.mounts):
             self.found.skip("other-mount")
-            yield from self._add_row(path, Row(b"", stat.S_IFDIR | 0o755), None, is_shared=False)
+            row = Row(b"", stat.S_IFDIR | 0o755)
+            yield from self.packer.add(path, row, None, is_shared=False)
         self.found.errors += missed.errors
-        if self._batch.keys:
-            yield self._end_batch()
+        yield from self.packer.end()
         self._digests.store()
 
     def again(self, path: bytes) -> Iterator[Listed]:
@@ -157,43 +143,12 @@ class Listing:
             if stat.S_ISREG(status.st_mode):
                 self._digests.load([status.st_ino])
                 row, key = self._list_file(fd, path, name, status)
-                yield from self._add_row(folder, row, key, is_shared=False)
-                yield self._end_batch()
+                yield from self.packer.add(folder, row, key, is_shared=False)
+                yield from self.packer.end()
         except OSError as error:
             self._note(path, error)
         finally:
             os.close(fd)
-
-    def add_row(self, folder: bytes, row: Row) -> Listed:
-        """A batch with one row that somebody else has made."""
-        for _ in self._add_row(folder, row, None, is_shared=False):
-            pass
-        return self._end_batch()
-
-    def _end_batch(self) -> Listed:
-        batch = self._batch
-        batch.packed = pack_parts(batch.parts)
-        self.digest.update(batch.packed)
-        self.found.rows += batch.count
-        self.next_batch = batch.number + 1
-        self._batch = Listed(self.next_batch, batch.first + batch.count)
-        return batch
-
-    def _add_row(
-        self, folder: bytes, row: Row, key: Key | None, *, is_shared: bool
-    ) -> Iterator[Listed]:
-        """Note a row; the batch comes when it is full."""
-        batch = self._batch
-        if not batch.parts or batch.parts[-1][0] != folder:
-            batch.parts.append((folder, []))
-            batch.weight += len(folder)
-        batch.parts[-1][1].append(row)
-        if is_shared:
-            batch.shared.append(batch.count)
-        batch.keys.append(key)
-        batch.weight += 150 + len(row.text) + sum(len(a) + len(b) for a, b in row.xattrs)
-        if batch.count >= ROWS_A_BATCH or batch.weight > _BODY_LIMIT - (1 << 20):
-            yield self._end_batch()
 
     # --- rows
 
@@ -205,7 +160,7 @@ class Listing:
             return
         row = _row_of(b"", folder.status, xattrs)
         row.size = 0
-        yield from self._add_row(folder.path, row, None, is_shared=False)
+        yield from self.packer.add(folder.path, row, None, is_shared=False)
         rules: Excludes | _All = self._rules.below(b"/" + folder.path)
         if folder.path and self._rules and self._is_below_excluded(folder.path):
             rules = _ALL
@@ -237,16 +192,16 @@ class Listing:
         try:
             if identity is not None:
                 row = self._row_of_object(folder.fd, name, identity)
-                yield from self._add_row(folder.path, row, None, is_shared=True)
+                yield from self.packer.add(folder.path, row, None, is_shared=True)
                 self._count(row)
                 return
             status = entry.stat(follow_symlinks=False)
             if stat.S_ISSOCK(status.st_mode):
                 self.found.skip("socket")
                 return
-            group = self._find_group(status)
-            if group >= 0:
-                row, key = Row(name, status.st_mode, link=group), None
+            link = self._find_group(status, folder.path)
+            if link:
+                row, key = Row(name, status.st_mode, link=link), None
             elif stat.S_ISREG(status.st_mode):
                 row, key = self._list_file(folder.fd, path, name, status)
             else:
@@ -254,25 +209,26 @@ class Listing:
         except OSError as error:
             self._note(path, error)
             return
-        if status.st_nlink > 1 and group < 0:
-            self._batch.groups.append(self._batch.count)
-            self._groups[status.st_ino] = (self._batch.first + self._batch.count, status.st_nlink)
+        is_group = status.st_nlink > 1 and not link
+        if is_group:
+            first = self.packer.next_row
+            self._groups[status.st_ino] = _Group(first, folder.path, status.st_nlink - 1)
         is_alone = status.st_nlink == 1 and can_be_object(row, min_size=_MIN_SIZE)
         is_shared = is_alone and not rules.is_excluded(b"/" + path)
-        yield from self._add_row(folder.path, row, key, is_shared=is_shared)
+        yield from self.packer.add(folder.path, row, key, is_shared=is_shared, is_group=is_group)
         self._count(row)
 
-    def _find_group(self, status: os.stat_result) -> int:
-        """The row that is another name of the same inode; -1 for its first name."""
-        known = self._groups.get(status.st_ino)
-        if status.st_nlink < 2 or known is None:
-            return -1
-        first, names = known
-        if names <= 2:
+    def _find_group(self, status: os.stat_result, folder: bytes) -> int:
+        """How many rows back the first name of the same inode is; 0 for the first one."""
+        group = self._groups.get(status.st_ino)
+        if status.st_nlink < 2 or group is None:
+            return 0
+        group.names -= 1
+        if not group.names:
             del self._groups[status.st_ino]
-        else:
-            self._groups[status.st_ino] = (first, names - 1)
-        return first
+        if self.outline is not None and group.folder != folder:
+            self.outline.tie(group.folder, folder)
+        return self.packer.next_row - group.first
 
     def _row_of_object(self, folder_fd: int, name: bytes, identity: Identity) -> Row:
         xattrs: list[tuple[bytes, bytes]] = []

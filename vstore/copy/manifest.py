@@ -38,7 +38,8 @@ _Xattr = tuple[
 class Row(msgspec.Struct, array_like=True, gc=False):
     """One entry. Times in ns, sizes in bytes, `mode` as st_mode.
 
-    `link`: the row whose inode this is another name of; it alone says what the inode is.
+    `link`: so many rows back is the first name of this inode, which alone says what that is; 0 in
+    the first name itself.
     """
 
     name: Annotated[bytes, Meta(max_length=255)]
@@ -51,7 +52,7 @@ class Row(msgspec.Struct, array_like=True, gc=False):
     xattrs: Annotated[list[_Xattr], Meta(max_length=4096)] = []
     text: Annotated[bytes, Meta(max_length=_TEXT_LIMIT)] = b""
     rdev: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)] = 0
-    link: Annotated[int, Meta(ge=-1, le=1 << 26)] = -1
+    link: Annotated[int, Meta(ge=0, le=1 << 26)] = 0
 
     @property
     def kind(self) -> int:
@@ -60,7 +61,7 @@ class Row(msgspec.Struct, array_like=True, gc=False):
     @property
     def is_file(self) -> bool:
         """A regular file with content of its own to be made."""
-        return stat.S_ISREG(self.mode) and self.link < 0
+        return stat.S_ISREG(self.mode) and not self.link
 
     def identity(self) -> Identity:
         """The object that the file of this row may be."""
@@ -95,7 +96,12 @@ def digest_of_xattrs(xattrs: Iterable[tuple[bytes, bytes]]) -> bytes:
     return hasher.digest()
 
 
-def pack_parts(parts: Sequence[Part]) -> bytes:
+def pack_rows(rows: Sequence[Row]) -> msgspec.Raw:
+    """Rows as they are packed in a part."""
+    return msgspec.Raw(_encoder.encode(rows))
+
+
+def pack_parts(parts: Sequence[tuple[bytes, Sequence[Row] | msgspec.Raw]]) -> bytes:
     """The parts of a batch as they travel."""
     return _encoder.encode(parts)
 
@@ -118,6 +124,16 @@ def unpack_parts(packed: bytes, first: int) -> list[Part]:
     if number - first > ROWS_A_BATCH:
         raise Hostile(f"{number - first} rows at once")
     return parts
+
+
+def is_below(path: bytes, folder: bytes) -> bool:
+    """Whether `path` is that of the folder, or of what is in its tree."""
+    return not folder or path == folder or path.startswith(folder + b"/")
+
+
+def cut(path: bytes, folder: bytes) -> bytes:
+    """The path relative to the folder that it is below of."""
+    return path[len(folder) + 1 :] if folder else path
 
 
 def check_path(path: bytes) -> None:
@@ -143,9 +159,9 @@ def _check_row(path: bytes, row: Row, number: int) -> None:
         raise Hostile(f"{row.name!r} in {path!r}, a folder out of its place")
     if not _TIME_FIRST <= row.mtime_ns < _TIME_END:
         raise Hostile(f"{row.name!r} in {path!r} with time {row.mtime_ns}")
-    if row.link >= 0:
-        if row.link >= number or stat.S_ISDIR(row.mode):
-            raise Hostile(f"{row.name!r} in {path!r}, a link to row {row.link}")
+    if row.link:
+        if row.link > number or stat.S_ISDIR(row.mode):
+            raise Hostile(f"{row.name!r} in {path!r}, a link to {row.link} rows before it")
         return
     _check_content(path, row)
     _check_xattrs(path, row)

@@ -1,5 +1,5 @@
 """What the two sides say to each other. Nothing that comes from the other side is used before it
-has passed `decode` and, for rows, `vstore.copy.rows`.
+has passed `decode` and, for rows, `vstore.copy.manifest`.
 
 One side sends a guest, the other receives it; which of them the person sits at makes no
 difference. The order of one pass:
@@ -9,6 +9,8 @@ difference. The order of one pass:
     sender             Source: the guest, its configuration, how large it is at most
     receiver           Target: it can be received; or Failure
     sender             Sum, where a copy is brought up to date; the receiver answers with Same
+    sender             Folders ...        where it is not, and there is something to compare with
+    receiver           Below              the smallest tree that has all that differs
     sender             Batch ...          the manifest, some hundred rows a time
     receiver           Want for each      which contents it lacks; Base before it: blocks it has
     sender             Contents, Piece, Gone, Proofs; Served at the end of each batch
@@ -16,6 +18,7 @@ difference. The order of one pass:
     receiver           Result             it stands there, or what is missing
 """
 
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Annotated, Any, Final, TypeVar
 
@@ -25,7 +28,7 @@ from msgspec import Meta
 from vstore.copy.wire import Channel, ConnectionLost
 from vstore.errors import FormatUnknown, ToolError
 
-PROTOCOL: Final = 1
+PROTOCOL: Final = 2
 ROWS_A_BATCH: Final = 500
 BATCHES_AHEAD: Final = 64
 """So many batches may be announced whose contents have not been served."""
@@ -114,11 +117,37 @@ class Sum(msgspec.Struct, array_like=True):
 
 
 class Same(msgspec.Struct, array_like=True):
+    """`compares`: Folders are to come, to find out where the two differ."""
+
     same: bool
+    compares: bool = False
+
+
+FolderSum = tuple[
+    Annotated[bytes, Meta(max_length=1 << 20)],
+    Annotated[bytes, Meta(min_length=16, max_length=16)],
+    Annotated[int, Meta(ge=0, le=1 << 30)],
+]
+"""A folder's path, a digest of its rows, and of how many names the path of the folder is whose tree
+has all names of the inodes in it.
+"""
+
+
+class Folders(msgspec.Struct, array_like=True):
+    """The folders of the sender's tree, in no order."""
+
+    folders: Annotated[list[FolderSum], Meta(max_length=4096)]
+    last: bool = False
+
+
+class Below(msgspec.Struct, array_like=True):
+    """The tree that is to be sent: that of this folder."""
+
+    path: Annotated[bytes, Meta(max_length=1 << 20)]
 
 
 class Batch(msgspec.Struct, array_like=True):
-    """Rows of the manifest: `parts` is what `vstore.copy.rows` packs."""
+    """Rows of the manifest: `parts` is what `vstore.copy.manifest` packs."""
 
     number: RowNumber
     first: RowNumber
@@ -223,7 +252,7 @@ class Done(msgspec.Struct, array_like=True):
 
 _KINDS: Final[tuple[type[msgspec.Struct], ...]] = (
     Hello, Request, Source, Target, Sum, Same, Batch, Want, Base, Contents, Piece, Gone, Proofs,
-    Served, End, Result, Failure, Done,
+    Served, End, Result, Failure, Done, Folders, Below,
 )  # fmt: skip
 _NUMBERS: Final = {kind: number for number, kind in enumerate(_KINDS, start=1)}
 _DECODERS: Final[tuple[msgspec.msgpack.Decoder[Any], ...]] = tuple(
@@ -296,6 +325,16 @@ class Dialogue:
         if not isinstance(message, kind):
             raise Hostile(f"{type(message).__name__} where {kind.__name__} belongs")
         return message
+
+    def expect_some(
+        self, kind: type[_Message], *, until: Callable[[_Message], bool]
+    ) -> Iterator[_Message]:
+        """The next messages, all of this kind, to that one which `until` is true of."""
+        while True:
+            message = self.expect(kind)
+            yield message
+            if until(message):
+                return
 
     def fail(self, error: ToolError) -> None:
         """Tell the other side why we end, as far as it still listens."""

@@ -68,7 +68,8 @@ _Job = tuple[list[placer.Step], list[str]]
 class Receiver:
     """Receives into `area`; without one (a dry run) it only finds out what would be asked for.
 
-    `base_fd`: the target's version of the tree, -1 where there is none; `base` lists it.
+    `base_fd`: the target's version of the tree, -1 where there is none; `base` lists it, or more of
+    the target. `tally` has counted what is there and stays.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class Receiver:
         base_fd: int = -1,
         base: Listing | None = None,
         room: int = 1 << 62,
+        tally: Tally,
     ) -> None:
         self._dialogue = dialogue
         self._pool = pool
@@ -103,7 +105,7 @@ class Receiver:
         self._given = 0  # jobs that the worker has not done
         self._sharing = Sharing(pool)
         self._folders = Undressed()
-        self.tally = Tally()
+        self.tally = tally
         self.end: End | None = None
 
     def close(self) -> None:
@@ -308,7 +310,7 @@ class Receiver:
             step = self._decide(batch, place, path, row, pinned)
             if step is not None:
                 steps.append(step)
-            self.tally.inodes += row.link < 0 and (step is None or step[0] != placer.LINK)
+            self.tally.inodes += not row.link and (step is None or step[0] != placer.LINK)
         self._pin(batch, pinned)
         return steps
 
@@ -331,7 +333,7 @@ class Receiver:
             if self._area is not None:
                 self._folders.put(path, meta)
             return (placer.DIR, spot)
-        if row.link >= 0:
+        if row.link:
             self.tally.files += stat.S_ISREG(row.mode)
             batch.later.append(place)
             return None
@@ -352,7 +354,7 @@ class Receiver:
             self.tally.made -= 1
             number = f"{os.major(row.rdev)}:{os.minor(row.rdev)}"
             reason = f"left out: a device node {number}; the policy can allow it: `devices`"
-            self.tally.left_out.append((join(spot[1], spot[2])[:4000], reason))
+            self.tally.note_left_out(join(spot[1], spot[2]), reason)
             return None
         return (placer.NODE, spot, row.rdev, meta, is_group)
 
@@ -473,8 +475,8 @@ class Receiver:
     def _decide_later(self, batch: OpenBatch, place: int, pinned: list[int]) -> placer.Step | None:
         path, row = batch.rows[place]
         spot = (batch.first + place, path, row.name)
-        if row.link >= 0:
-            return (placer.NAME, spot, row.link, row.mode)
+        if row.link:
+            return (placer.NAME, spot, spot[0] - row.link, row.mode)
         known = self._chooser.find_object(row, pinned)
         if known:
             return self._chooser.step(batch.wish(place), ("object", known), pinned)

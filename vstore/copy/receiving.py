@@ -4,22 +4,22 @@ An existing target is untouched until its tree and the new one change places in 
 goes wrong before that leaves it as it was, and keeps what has arrived for the next try.
 """
 
-import logging
 import os
-import stat
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import replace
 from typing import Final
 
 from vstore import exclude, inode, syscalls
 from vstore.copy.area import Area, open_area
 from vstore.copy.batches import Tally
 from vstore.copy.identity import check_free, choose_context, identity_of, wanted_identity
+from vstore.copy.landing import Landing, Place, clean_up, drop_if_empty, land_below
 from vstore.copy.listing import Listing
 from vstore.copy.messages import (
+    Below,
     Dialogue,
     End,
+    Folders,
     Identity,
     Request,
     Result,
@@ -30,6 +30,7 @@ from vstore.copy.messages import (
     Target,
     as_text,
 )
+from vstore.copy.outline import Outline
 from vstore.copy.policy import Policy, load_policy
 from vstore.copy.receiver import Receiver
 from vstore.copy.settings import Drafted, check_settings, collect_settings, draft_settings
@@ -47,9 +48,6 @@ from vstore.guest import (
 from vstore.hold import default_pool
 from vstore.pool import Pool, find_mount_id
 from vstore.progress import Progress
-from vstore.remove import remove
-
-log = logging.getLogger(__name__)
 
 _MARGIN: Final = 64 << 20  # bytes beside what may arrive
 _INODES: Final = 1000
@@ -57,21 +55,6 @@ _NAMED: Final = 5
 _WARNINGS: Final = 200
 _COMPATIBLE: Final = {"x86_64": {"x86_64", "i686", "i586", "i386"}}
 """Whose programs run where."""
-
-
-@dataclass(slots=True)
-class _Place:
-    """Where the copy will stand, and what stands there now."""
-
-    name: str
-    parent: Path
-    leaf: str
-    guest: Guest | None  # configured already
-    base_fd: int  # of the tree that is there; -1 for none
-
-    @property
-    def path(self) -> Path:
-        return self.parent / self.leaf
 
 
 def receive_guest(
@@ -87,8 +70,8 @@ def receive_guest(
         if not stack.enter_context(hold_lock(name)):
             _refuse_busy(name)
         source = dialogue.expect(Source)
-        work = _Pass(dialogue, request, progress, source, load_policy())
-        work.place = _find_place(name, request, stack)
+        place = _find_place(name, request, stack)
+        work = _Pass(dialogue, request, progress, source, load_policy(), place)
         result = work.run(stack)
         dialogue.send(result)
         return source, result
@@ -106,14 +89,14 @@ def _refuse_busy(name: str) -> None:
     )
 
 
-def _find_place(name: str, request: Request, stack: ExitStack) -> _Place:
+def _find_place(name: str, request: Request, stack: ExitStack) -> Place:
     if load_state(name) is not None:
         _refuse_busy(name)
     guest: Guest | None = None
     with suppress(GuestNotFound):
         guest = load_guest(name)
     path = guest.root if guest is not None else vdirbase() / name
-    place = _Place(name, path.parent, path.name, guest, -1)
+    place = Place(name, path.parent, path.name, guest, -1)
     for taken in (confdir() / name, confdir() / f"{name}.conf"):
         if guest is None and os.path.lexists(taken):
             raise WrongUsage(
@@ -130,7 +113,7 @@ def _find_place(name: str, request: Request, stack: ExitStack) -> _Place:
     return place
 
 
-def _open_base(place: _Place, request: Request, stack: ExitStack) -> None:
+def _open_base(place: Place, request: Request, stack: ExitStack) -> None:
     try:
         fd = os.open(place.path, inode.OPEN_FOLDER)
     except OSError as error:
@@ -154,6 +137,7 @@ class _Pass:
         progress: Progress,
         source: Source,
         policy: Policy,
+        place: Place,
     ) -> None:
         self._dialogue = dialogue
         self._request = request
@@ -166,7 +150,8 @@ class _Pass:
         self._settings: list[Setting] = []
         self._inodes = 0
         self._tally = Tally()
-        self.place: _Place
+        self._place = place
+        self._landing = Landing(place, place.base_fd)
 
     def run(self, stack: ExitStack) -> Result:
         self._choose_identity()
@@ -175,23 +160,23 @@ class _Pass:
         base = self._list_base(pool, stack)
         is_tight = room < self._source.bytes + _MARGIN or self._inodes < self._source.rows + _INODES
         is_tight &= not self._request.dry_run
-        self._dialogue.send(Target(self._wanted, as_text(os.fspath(self.place.path)), is_tight))
+        self._dialogue.send(Target(self._wanted, as_text(os.fspath(self._place.path)), is_tight))
         if is_tight:
-            result = self._find_out(pool, base, room)
+            result = self._find_out(pool, base, room, stack)
             if result.same:
                 return result
             self._dialogue.send(result)
             base = self._list_base(pool, stack)
         if self._request.dry_run or pool is None:
-            return self._find_out(pool, base, 1 << 62)
-        if self._is_same(base):
+            return self._find_out(pool, base, 1 << 62, stack)
+        if self._is_same(base, stack):
             return self._same()
         return self._receive(pool, base)
 
     # --- before a byte is sent
 
     def _choose_identity(self) -> None:
-        source, request, place = self._source, self._request, self.place
+        source, request, place = self._source, self._request, self._place
         machine = os.uname().machine
         if source.machine not in _COMPATIBLE.get(machine, {machine}):
             raise WrongUsage(
@@ -222,11 +207,11 @@ class _Pass:
         if self._request.dry_run and not os.path.lexists(path / "format"):
             return None
         pool = stack.enter_context(Pool.load(path) if self._request.dry_run else Pool.create(path))
-        fd = os.open(self.place.parent, inode.OPEN_FOLDER)
+        fd = os.open(self._place.parent, inode.OPEN_FOLDER)
         try:
             if find_mount_id(fd) != find_mount_id(pool.fd) or os.fstat(fd).st_dev != pool.device:
                 raise WrongUsage(
-                    f"{self.place.parent}: is not on the file system of the pool {path}",
+                    f"{self._place.parent}: is not on the file system of the pool {path}",
                     hint="guests and pool share files on one file system only",
                 )
         finally:
@@ -235,11 +220,11 @@ class _Pass:
 
     def _check_room(self) -> int:
         """Free bytes. Raises NoSpace where not even the inodes suffice."""
-        room = os.statvfs(self.place.parent)
+        room = os.statvfs(self._place.parent)
         self._inodes = room.f_favail if room.f_files else 1 << 62
         if room.f_files and room.f_favail < _INODES:
             raise NoSpace(
-                f"{self.place.parent}: only {room.f_favail} inodes are free",
+                f"{self._place.parent}: only {room.f_favail} inodes are free",
                 hint="free some, e.g. with: vpool reclaim",
             )
         return room.f_bavail * room.f_frsize
@@ -247,36 +232,54 @@ class _Pass:
     # --- what is there already
 
     def _list_base(self, pool: Pool | None, stack: ExitStack) -> Listing | None:
-        if self.place.base_fd < 0 or not self._request.refresh:
+        if self._place.base_fd < 0 or not self._request.refresh:
             return None
         trusted = None if self._request.verify else pool
         base = Listing(
-            self.place.base_fd,
+            self._place.base_fd,
             trusted,
             exclude.parse(b"", source=""),
             rewritten={},
             is_still=True,
             keeps_blocks=True,
+            outline=Outline(),
         )
         stack.callback(base.close)
         return base
 
-    def _is_same(self, base: Listing | None) -> bool:
-        """Whether the tree is just what the sender has. Asked by the sender of a refresh."""
+    def _is_same(self, base: Listing | None, stack: ExitStack) -> bool:
+        """Whether the tree is just what the sender has. Asked by the sender of a refresh; where it
+        is not, it is found out which part of the tree is to be made anew.
+        """
         if not self._request.refresh:
             return False
         ours = (b"", 0)
         if base is not None:
             for _ in base.batches():
                 pass
-            ours = (base.digest.digest(), base.found.rows)
+            ours = (base.packer.digest.digest(), base.packer.rows)
         theirs = self._dialogue.expect(Sum)
-        is_same = ours == (theirs.digest, theirs.rows) and self.place.guest is not None
+        is_known = base is not None and self._place.guest is not None
+        is_same = is_known and ours == (theirs.digest, theirs.rows)
         self._progress.phase("copy", theirs.bytes, "bytes")
-        self._dialogue.send(Same(is_same))
-        if is_same and base is not None:
+        compares = is_known and not is_same and base is not None and not base.found.errors
+        self._dialogue.send(Same(is_same, compares))
+        if base is not None and is_same:
             self._tally = Tally(files=base.found.files, size=base.found.size)
+        elif base is not None and compares and base.outline is not None:
+            self._landing = self._find_landing(base.outline, stack)
+        if not is_same:
+            self._landing.refuse_mounts()
         return is_same
+
+    def _find_landing(self, outline: Outline, stack: ExitStack) -> Landing:
+        """Tell the sender which tree is to come: the smallest that has all that differs."""
+        folder = outline.compare(self._dialogue.expect_some(Folders, until=lambda some: some.last))
+        landing = land_below(self._place, folder, stack)
+        outside = outline.measure_outside(landing.below)
+        self._dialogue.send(Below(landing.below))
+        self._progress.advance(outside.size)
+        return replace(landing, outside=outside)
 
     def _same(self) -> Result:
         return Result(
@@ -284,35 +287,45 @@ class _Pass:
             bytes_total=self._tally.size,
             bytes_already_there=self._tally.size,
             same=True,
-            path=as_text(os.fspath(self.place.path)),
+            path=as_text(os.fspath(self._place.path)),
             context=self._wanted.context,
         )
 
-    def _find_out(self, pool: Pool | None, base: Listing | None, room: int) -> Result:
+    def _find_out(
+        self, pool: Pool | None, base: Listing | None, room: int, stack: ExitStack
+    ) -> Result:
         """What would be asked for, were it no dry run."""
-        if self._is_same(base):
+        if self._is_same(base, stack):
             return self._same()
-        receiver = Receiver(
-            self._dialogue,
-            pool,
-            None,
-            self._policy,
-            self._progress,
-            base_fd=self.place.base_fd,
-            base=base,
-            room=room,
-        )
+        receiver = self._make_receiver(pool, None, base, room)
         try:
             end = receiver.receive()
         finally:
             receiver.close()
         if not self._request.dry_run and receiver.tally.inodes + _INODES > self._inodes:
             raise NoSpace(
-                f"{self.place.parent}: {receiver.tally.inodes} inodes are needed, {self._inodes} "
+                f"{self._place.parent}: {receiver.tally.inodes} inodes are needed, {self._inodes} "
                 "are free",
                 hint="free some, e.g. with: vpool reclaim",
             )
         return self._result(receiver.tally, end)
+
+    def _make_receiver(
+        self, pool: Pool | None, area: Area | None, base: Listing | None, room: int = 1 << 62
+    ) -> Receiver:
+        landing = self._landing
+        outside = landing.outside
+        return Receiver(
+            self._dialogue,
+            pool,
+            area,
+            self._policy,
+            self._progress,
+            base_fd=landing.base_fd,
+            base=base,
+            room=room,
+            tally=Tally(landing.below, outside.rows, outside.files, size=outside.size),
+        )
 
     # --- the copy
 
@@ -320,26 +333,18 @@ class _Pass:
         """There is room for it: by what the sender measured, or by what was found out."""
         if not self._request.refresh:
             self._progress.phase("copy", self._source.bytes, "bytes")
-        with open_area(self.place.parent, self.place.leaf) as area:
-            receiver = Receiver(
-                self._dialogue,
-                pool,
-                area,
-                self._policy,
-                self._progress,
-                base_fd=self.place.base_fd,
-                base=base,
-            )
+        with open_area(self._place.parent, self._place.leaf) as area:
+            receiver = self._make_receiver(pool, area, base)
             try:
                 end = receiver.receive()
                 self._check(receiver.tally, end, area)
                 self._put_in_place(area)
             except BaseException:
-                _drop_if_empty(area)
+                drop_if_empty(area)
                 raise
             finally:
                 receiver.close()
-            _clean_up(area, pool)
+            clean_up(area, pool)
             return self._result(receiver.tally, end)
 
     def _check(self, tally: Tally, end: End, area: Area) -> None:
@@ -375,7 +380,7 @@ class _Pass:
                 self._progress.advance(batch.count)
         finally:
             listing.close()
-        if listing.digest.digest() != end.digest:
+        if listing.packer.digest.digest() != end.digest:
             raise ToolError(
                 f"{area.path}: what was made is not what was sent; the target is as it was",
                 hint="look for damaged objects with: vpool verify --repair; then run this again",
@@ -383,21 +388,10 @@ class _Pass:
 
     def _put_in_place(self, area: Area) -> None:
         """Give the copy its name, and its configuration where it has none."""
-        place = self.place
         syscalls.syncfs(area.fd)
-        before = os.fstat(area.tree_fd)
-        drafted = None if place.guest is not None else self._draft()
+        drafted = None if self._place.guest is not None else self._draft()
         try:
-            if place.base_fd < 0:
-                _move(area, place, syscalls.RENAME_NOREPLACE)
-            else:
-                now = os.stat(place.leaf, dir_fd=area.parent_fd, follow_symlinks=False)
-                if not os.path.samestat(now, os.fstat(place.base_fd)):
-                    raise ToolError(f"{place.path}: has been replaced by somebody else meanwhile")
-                _move(area, place, syscalls.RENAME_EXCHANGE)
-            # xfs takes the new way up for a change of the folder itself
-            os.utime(area.tree_fd, ns=(before.st_atime_ns, before.st_mtime_ns))
-            os.fsync(area.parent_fd)
+            self._landing.put(area)
             if drafted is not None:
                 drafted.put_in_place()
         except BaseException:
@@ -409,8 +403,8 @@ class _Pass:
         if self._request.context < 0:
             self._wanted.context = choose_context()
         return draft_settings(
-            self.place.name,
-            self.place.path,
+            self._place.name,
+            self._place.path,
             self._settings,
             was=identity_of(self._settings),
             wanted=self._wanted,
@@ -426,7 +420,7 @@ class _Pass:
             bytes_already_there=tally.size - tally.lacking,
             bytes_lacking=tally.lacking,
             linked=tally.linked,
-            path=as_text(os.fspath(self.place.path)),
+            path=as_text(os.fspath(self._place.path)),
             context=self._wanted.context,
             warnings=self._warnings[:_WARNINGS],
             torn=[*end.torn, *tally.left_out][:1000],
@@ -437,51 +431,3 @@ class _Pass:
 
 def _count_others(entries: list["os.DirEntry[str]"]) -> int:
     return sum(1 for entry in entries if not entry.is_dir(follow_symlinks=False))
-
-
-def _move(area: Area, place: _Place, flags: int) -> None:
-    try:
-        syscalls.renameat2(area.fd, b"tree", area.parent_fd, os.fsencode(place.leaf), flags=flags)
-    except OSError as error:
-        raise ToolError(
-            f"{place.path}: the copy cannot be put in place: {error.strerror}",
-            hint=f"it is complete in {area.path}; run the command again",
-        ) from error
-
-
-def _drop_if_empty(area: Area) -> None:
-    """Remove an area in which nothing has come to be."""
-    with suppress(OSError):
-        for name in area.list_arrived():
-            if len(name) != 64:
-                os.unlink(name, dir_fd=area.arrived_fd)
-        os.rmdir("arrived", dir_fd=area.fd)
-        with suppress(OSError):
-            os.rmdir("tree", dir_fd=area.fd)
-            os.rmdir(area.name, dir_fd=area.parent_fd)
-            return
-        os.mkdir("arrived", 0o700, dir_fd=area.fd)
-
-
-def _clean_up(area: Area, pool: Pool) -> None:
-    """Remove what a copy leaves: names of contents, the old tree, areas of earlier copies."""
-    try:
-        for name in area.list_arrived():
-            os.unlink(name, dir_fd=area.arrived_fd)
-        os.rmdir("arrived", dir_fd=area.fd)
-        trees = [old.as_tree() for old in area.leftovers]
-        if _has_tree(area):
-            trees.append(area.as_tree())
-        else:
-            os.rmdir(area.name, dir_fd=area.parent_fd)
-        left = remove(trees, pool).errors if trees else []
-        for path, reason in left[:_NAMED]:
-            log.warning("%s: is left: %s", path, reason)
-    except (OSError, ToolError) as error:
-        log.warning("%s: the old version is left: %s; delete it with: vpool rm", area.path, error)
-
-
-def _has_tree(area: Area) -> bool:
-    with suppress(FileNotFoundError):
-        return stat.S_ISDIR(os.stat("tree", dir_fd=area.fd, follow_symlinks=False).st_mode)
-    return False

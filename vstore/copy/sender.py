@@ -8,7 +8,6 @@ served, and blocks of large files are compared one stretch at a time.
 import errno
 import logging
 import os
-import tempfile
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -21,12 +20,13 @@ from blake3 import blake3
 from vstore import extents, inode
 from vstore.copy import blocks
 from vstore.copy.known import Key
-from vstore.copy.listing import SMALL, Listed, Listing
+from vstore.copy.listing import SMALL, Listing
 from vstore.copy.manifest import Row
 from vstore.copy.messages import (
     BATCHES_AHEAD,
     Base,
     Batch,
+    Below,
     Contents,
     Dialogue,
     End,
@@ -42,6 +42,7 @@ from vstore.copy.messages import (
     list_bits,
     set_bits,
 )
+from vstore.copy.packing import Listed, Packer, Spool
 from vstore.copy.proof import prove
 from vstore.digest import digest_content
 from vstore.folders import join
@@ -104,11 +105,11 @@ class Sender:
         Raises ConnectionLost, Hostile, and what the receiver raised.
         """
         try:
-            with _Spool() as spool:
+            with Spool() as spool:
                 if not is_refresh:
                     self._send_all(batches)
-                elif not self._is_same(batches, spool):
-                    self._send_all(spool.take())
+                elif not (answer := self._ask_whether_same(batches, spool)).same:
+                    self._send_all(self._compare(spool) if answer.compares else spool.take())
             return self._dialogue.expect(Result)
         finally:
             self._close_folder()
@@ -123,13 +124,33 @@ class Sender:
         self._send_again()
         self._end()
 
-    def _is_same(self, batches: Iterator[Listed], spool: "_Spool") -> bool:
+    def _ask_whether_same(self, batches: Iterator[Listed], spool: Spool) -> Same:
         """Whether the other side has just this tree already. The batches go to the spool."""
         for batch in batches:
             spool.put(batch)
-        found = self._listing.found
-        self._dialogue.send(Sum(self._listing.digest.digest(), found.rows, found.size))
-        return self._dialogue.expect(Same).same
+        packer = self._listing.packer
+        packer.outline = None  # of the tree as it was found: some may be listed again
+        self._dialogue.send(Sum(packer.digest.digest(), packer.rows, self._listing.found.size))
+        return self._dialogue.expect(Same)
+
+    def _compare(self, spool: Spool) -> Iterator[Listed]:
+        """The batches that the other side wants, once it has seen where the two trees differ."""
+        outline = self._listing.outline
+        if outline is None:
+            raise Hostile("a wish to compare what is sent for the first time")
+        for message in outline.messages():
+            self._dialogue.send(message)
+        folder = self._dialogue.expect(Below).path
+        outside = outline.measure_outside(folder)
+        self._files += outside.files
+        self._saved += outside.size
+        self._progress.advance(outside.size)
+        if not folder:
+            return spool.take()
+        if outside.rows == self._listing.packer.rows:
+            raise Hostile("a wish for a folder that is not there")
+        self._listing.packer = Packer(folder)
+        return spool.take_below(folder, self._listing.packer)
 
     def _announce(self, batch: Listed) -> None:
         self._dialogue.send(
@@ -362,16 +383,18 @@ class Sender:
             finally:
                 os.close(source_fd)
             self._torn.append((path[:_SHOWN], _CHANGED))
-            self._announce(self._listing.add_row(folder, row))
-            self._serve_what_is_asked(0)
+            packer = self._listing.packer
+            for batch in (*packer.add(folder, row, None, is_shared=False), *packer.end()):
+                self._announce(batch)
+                self._serve_what_is_asked(0)
 
     def _end(self) -> None:
-        found = self._listing.found
+        found, packer = self._listing.found, self._listing.packer
         self._dialogue.send(
             End(
-                self._listing.next_batch,
-                found.rows,
-                self._listing.digest.digest(),
+                packer.batches,
+                packer.rows,
+                packer.digest.digest(),
                 self._torn,
                 [(path[:_SHOWN], reason) for path, reason in found.errors[:_NAMED_AT_MOST]],
                 len(found.errors),
@@ -418,39 +441,3 @@ def _copy_now(fd: int, size: int, root_fd: int) -> int:
         os.close(copy_fd)
         raise
     return copy_fd
-
-
-class _Spool:
-    """Batches on disk, in their order."""
-
-    def __init__(self) -> None:
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115
-        self._lengths: list[int] = []
-
-    def __enter__(self) -> "_Spool":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-    def put(self, batch: Listed) -> None:
-        plain = (
-            batch.number,
-            batch.first,
-            batch.shared,
-            batch.groups,
-            batch.keys,
-            msgspec.Raw(batch.packed),
-        )
-        packed = msgspec.msgpack.encode(plain)
-        self._file.write(packed)
-        self._lengths.append(len(packed))
-
-    def take(self) -> Iterator[Listed]:
-        self._file.seek(0)
-        for length in self._lengths:
-            packed = self._file.read(length)
-            kind = tuple[int, int, list[int], list[int], list[Key | None], msgspec.Raw]
-            number, first, shared, groups, keys, raw = msgspec.msgpack.decode(packed, type=kind)
-            parts = msgspec.msgpack.decode(raw, type=list[tuple[bytes, list[Row]]])
-            yield Listed(number, first, parts, shared, groups, keys, bytes(raw))

@@ -9,8 +9,10 @@ from typing import Self
 from vstore import exclude
 from vstore.copy.ahead import Ahead
 from vstore.copy.identity import identity_of, rewrite_files
-from vstore.copy.listing import Listed, Listing, measure
+from vstore.copy.listing import Listing, measure
 from vstore.copy.messages import BATCHES_AHEAD, Dialogue, Request, Result, Source, Target
+from vstore.copy.outline import Outline
+from vstore.copy.packing import Listed
 from vstore.copy.sender import Sender
 from vstore.copy.settings import collect_settings, is_old_style
 from vstore.errors import ToolError
@@ -65,6 +67,7 @@ class Outgoing:
             is_still=not self._held.is_running,
             keeps_blocks=self._request.refresh,
             keeps_contents=not self._request.dry_run,
+            outline=Outline() if self._request.refresh else None,
         )
         self._stack.callback(listing.close)
         self._listing = listing

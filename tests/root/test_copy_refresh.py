@@ -1,0 +1,256 @@
+"""A refresh makes the smallest tree anew that has all changes, and leaves every other as it is."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Tool
+from tests.fixtures.filesystems import Site, has_tools
+from tests.fixtures.probes import need, on
+from tests.fixtures.runs import find_faults
+from tests.fixtures.sshd import PROGRAM
+from tests.fixtures.trees import (
+    COPY_MAY_DIFFER,
+    File,
+    Folder,
+    Link,
+    Row,
+    Snapshot,
+    Symlink,
+    differences,
+    snapshot,
+)
+from tests.fixtures.windows import wait_for
+
+pytestmark = need("immutable", "lease")
+
+_ROWS: list[Row] = [
+    File("etc/conf", b"a setting\n" * 99),
+    Folder("etc/deep", mtime_ns=5, xattrs={"user.folder": b"x"}),
+    Folder("etc/deep/one", mode=0o2750, gid=9, mtime_ns=7),
+    File("etc/deep/one/file", b"one" * 99),
+    File("etc/deep/one/tiny", b"x"),
+    File("etc/deep/two/file", b"two" * 99),
+    File("var/lib/data", b"data" * 99),
+    File("var/log/syslog", b"log line\n" * 99),
+    File("srv/apart/file", b"apart" * 99),
+    File("srv/a/first", b"of two folders" * 99),
+    Link("srv/b/second", "srv/a/first"),
+    File("srv/b/other", b"other" * 99),
+    Symlink("srv/b/link", "other"),
+]
+"""Of one file the names are in two folders, srv/a and srv/b."""
+
+
+def _refresh(tool: Tool, *arguments: str) -> dict[str, object]:
+    done = tool("vserver-copy", "--json", "--refresh", *arguments, "web", "copy")
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    found: dict[str, object] = json.loads(done.stdout)
+    return found
+
+
+@pytest.fixture
+def root(site: Site, tool: Tool) -> Path:
+    """The source's tree; there is a copy of it."""
+    folder = site.add_guest("web", _ROWS)
+    assert tool("vserver-copy", "-q", "web", "copy").returncode == 0
+    return folder
+
+
+def _differences(site: Site) -> list[str]:
+    found = snapshot(site.root("web")), snapshot(site.root("copy"))
+    return differences(*found, ignoring=COPY_MAY_DIFFER)
+
+
+def _made_anew(before: Snapshot, after: Snapshot) -> set[bytes]:
+    """The folders that are others now."""
+    folders = {path for path, entry in before.items() if entry.kind == "d"}
+    return {path for path in folders & set(after) if before[path].inode != after[path].inode}
+
+
+def _check(site: Site, tool: Tool, before: Snapshot, top: bytes) -> None:
+    """The copy is equal, and what is at or below `top` was made anew, nothing else."""
+    assert _differences(site) == []
+    after = snapshot(site.root("copy"))
+    folders = {path for path, entry in before.items() if entry.kind == "d" and path in after}
+    wanted = {path for path in folders if not top or path == top or path.startswith(top + b"/")}
+    assert _made_anew(before, after) == wanted
+    assert find_faults(site.pool) == []
+    assert [path.name for path in site.vdirbase.iterdir() if ".copy-" in path.name] == []
+    assert _refresh(tool)["same"] is True
+
+
+def _keep_time(path: Path, change: Callable[[], object]) -> None:
+    """Change something in a folder, which shows the time of before."""
+    status = path.stat()
+    change()
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def _change_two(root: Path) -> None:
+    for name in ("one", "two"):
+        (root / "etc/deep" / name / "file").write_text("changed")
+
+
+def _change_far_apart(root: Path) -> None:
+    (root / "etc/deep/one/file").write_text("changed")
+    (root / "var/log/syslog").write_text("changed")
+
+
+_CHANGES: dict[str, tuple[Callable[[Path], object], bytes]] = {
+    "file": (lambda root: (root / "etc/deep/one/file").write_text("changed"), b"etc/deep/one"),
+    "new file": (lambda root: (root / "etc/deep/new").write_text("new" * 99), b"etc/deep"),
+    "file gone": (lambda root: (root / "etc/conf").unlink(), b"etc"),
+    "two files": (_change_two, b"etc/deep"),
+    "new folder": (lambda root: (root / "etc/deep/new/er").mkdir(parents=True), b"etc/deep"),
+    "new folder alone": (
+        lambda root: _keep_time(root / "etc/deep", (root / "etc/deep/new").mkdir),
+        b"etc/deep",
+    ),
+    "folder gone": (lambda root: shutil.rmtree(root / "etc/deep"), b"etc"),
+    "folder gone alone": (
+        lambda root: _keep_time(root / "etc", lambda: shutil.rmtree(root / "etc/deep")),
+        b"etc",
+    ),
+    "mode of a folder": (lambda root: (root / "var/log").chmod(0o700), b"var/log"),
+    "attribute of a folder": (lambda root: os.setxattr(root / "var", "user.x", b"y"), b"var"),
+    "far apart": (_change_far_apart, b""),
+    "the root": (lambda root: root.chmod(0o700), b""),
+    "apart from names of one inode": (
+        lambda root: (root / "srv/apart/file").write_text("changed"),
+        b"srv/apart",
+    ),
+    "beside one of several names": (
+        lambda root: (root / "srv/b/other").write_text("changed"),
+        b"srv",
+    ),
+    "in all names": (lambda root: (root / "srv/a/first").write_text("changed"), b"srv"),
+    "a name less": (lambda root: (root / "srv/b/second").unlink(), b"srv/b"),
+    "a name more": (
+        lambda root: (root / "etc/deep/one/file").hardlink_to(root / "etc/conf"),
+        b"etc",
+    ),
+}
+
+
+@on("ext4", "xfs")
+@pytest.mark.parametrize("name", sorted(_CHANGES))
+def test_only_what_changed_is_made_anew(site: Site, tool: Tool, root: Path, name: str) -> None:
+    change, top = _CHANGES[name]
+    if name == "a name more":
+        (root / "etc/deep/one/file").unlink()
+        _refresh(tool)
+    before = snapshot(site.root("copy"))
+    change(root)
+    report = _refresh(tool)
+    files = [path for path in root.rglob("*") if path.is_file() and not path.is_symlink()]
+    assert report["files"] == len(files)
+    _check(site, tool, before, top)
+
+
+def test_what_the_copy_has_changed_is_made_anew_too(site: Site, tool: Tool, root: Path) -> None:
+    before = snapshot(site.root("copy"))
+    (site.root("copy") / "var/log/new").write_text("the copy's own")
+    (site.root("copy") / "var/lib/new").mkdir()
+    _refresh(tool, "--verify")
+    _check(site, tool, before, b"var")
+
+
+def test_a_dry_run_counts_the_rest_too(site: Site, tool: Tool, root: Path) -> None:
+    (root / "var/lib/data").write_bytes(os.urandom(5000))
+    before = snapshot(site.root("copy"))
+    report = _refresh(tool, "--dry-run")
+    assert differences(before, snapshot(site.root("copy"))) == []
+    files = [path for path in root.rglob("*") if path.is_file() and not path.is_symlink()]
+    size = sum({path.stat().st_ino: path.stat().st_size for path in files}.values())
+    assert report["files"] == len(files)
+    assert report["bytes_total"] == size
+    assert report["bytes_already_there"] == size - 5000
+
+
+@on("ext4")
+def test_a_folder_that_nobody_may_change_is_made_anew_with_those_around_it(
+    site: Site, tool: Tool, root: Path
+) -> None:
+    fixed = site.root("copy") / "etc/deep"
+    (root / "etc/deep/one/file").write_text("changed")
+    before = snapshot(site.root("copy"))
+    subprocess.run(["chattr", "+a", fixed], check=True)
+    try:
+        assert tool("vserver-copy", "-q", "--refresh", "web", "copy").returncode == 0
+    finally:
+        for path in site.vdirbase.rglob("etc/deep"):
+            subprocess.run(["chattr", "-a", path], check=True)
+    assert _differences(site) == []
+    assert b"etc" in _made_anew(before, snapshot(site.root("copy")))
+
+
+@on("xfs")
+def test_a_folder_of_another_project_is_made_anew_with_those_around_it(
+    site: Site, tool: Tool, root: Path
+) -> None:
+    before = snapshot(site.root("copy"))
+    folder = os.fspath(site.root("copy") / "var")
+    command = ["xfs_io", "-c", "chproj -R 7", "-c", "chattr -R +P", folder]
+    subprocess.run(command, check=True, capture_output=True)
+    (root / "var/log/syslog").write_text("changed")
+    _refresh(tool)
+    _check(site, tool, before, b"")
+
+
+@on("ext4")
+def test_a_mount_in_the_tree_stays_or_the_copy_is_refused(
+    site: Site, tool: Tool, root: Path
+) -> None:
+    points = [site.root(name) / "var/lib" for name in ("web", "copy")]
+    try:
+        for point in points:
+            subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=755", "none", point], check=True)
+        (root / "etc/conf").write_text("changed")
+        _refresh(tool)
+        assert points[1].is_mount()
+        assert (site.root("copy") / "etc/conf").read_text() == "changed"
+        before = snapshot(site.root("copy") / "var/log")
+        (root / "var/new").write_text("beside the mount")
+        done = tool("vserver-copy", "--refresh", "web", "copy")
+        assert done.returncode == 2
+        assert f"something is mounted at {points[1]}" in done.stderr
+        assert snapshot(site.root("copy") / "var/log") == before
+        assert points[1].is_mount()
+    finally:
+        for point in points:
+            subprocess.run(["umount", point], check=False)
+
+
+@on("ext4", "xfs")
+def test_killed_after_the_exchange_the_next_refresh_ends_equal(
+    site: Site, tool: Tool, root: Path
+) -> None:
+    """Then the folder around has another time, and the old tree is in the folder of the copy."""
+    if not has_tools("strace"):
+        pytest.skip("strace is not installed")
+    before = snapshot(site.root("copy"))
+    _keep_time(root / "etc/deep/one", lambda: (root / "etc/deep/one/tiny").write_text("y"))
+    pause = "inject=renameat2:delay_exit=60s"
+    command: list[str | Path] = ["strace", "-f", "-qq", "-o", os.devnull, "-e", pause, PROGRAM]
+    command += ["-q", "--refresh", "web", "copy"]
+    with subprocess.Popen(command, start_new_session=True) as process:
+        tiny = site.root("copy") / "etc/deep/one/tiny"
+        wait_for(lambda: process.poll() is not None or tiny.read_text() == "y")
+        os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    assert len([path for path in site.vdirbase.iterdir() if ".copy-" in path.name]) == 1
+    after = snapshot(site.root("copy"))
+    assert _made_anew(before, after) == {b"etc/deep/one"}
+    left = [line.partition(" was ")[0] for line in _differences(site)]
+    assert "b'etc/deep': mtime_ns" in left
+    assert set(left) <= {"b'etc/deep': mtime_ns", "b'etc/deep/one': mtime_ns"}
+    _refresh(tool)
+    _check(site, tool, after, b"etc/deep")
