@@ -173,6 +173,8 @@ class Breaker:
 
     def _replace(self, folder_fd: int, copy: _Copy, fd: int) -> str:
         try:
+            if not inode.is_immutable(fd):
+                return CHANGED  # thawed since it was copied: what was written then would be lost
             self._correct(copy, fd)
             with self._windows.thawed(fd):
                 now = os.stat(copy.name, dir_fd=folder_fd, follow_symlinks=False)
