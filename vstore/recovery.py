@@ -2,7 +2,7 @@
 
 A stage folder whose flock can be had belongs to nobody any more. Its intents name the objects that
 may be thawed and the guests that may be frozen; its other entries are links and copies that no
-guest knows.
+guest knows, or what `stray` gives back to one.
 """
 
 import fcntl
@@ -12,7 +12,7 @@ import time
 from collections.abc import Container, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
-from vstore import freezer, inode, lease
+from vstore import freezer, inode, lease, stray
 from vstore.digest import digest_content
 from vstore.errors import PoolBusy, ToolError
 from vstore.hold import find_linger_s
@@ -222,6 +222,7 @@ class _Settling:
     def remove_spares(self, windows: Windows) -> None:
         for name in self._spares:
             with self.step(f"{name} cannot be removed from the stage"):
+                stray.give_back(self.pool.fd, self.stage_fd, os.fsencode(name))
                 _remove_spare(windows, self.stage_fd, name, self._trusted)
 
     def let_linger(self, windows: Windows) -> None:

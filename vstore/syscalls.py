@@ -7,9 +7,12 @@ x86_64 and aarch64 share them.
 
 import ctypes
 import os
+import struct
 from typing import Any, Final
 
 libc = ctypes.CDLL(None, use_errno=True)
+
+_AT_EMPTY_PATH: Final = 0x1000
 
 
 def check(result: int, function: Any, arguments: tuple[Any, ...]) -> int:
@@ -101,12 +104,44 @@ def syncfs(fd: int) -> None:
     _syncfs(fd)
 
 
+# --- name_to_handle_at(2), open_by_handle_at(2)
+# ----------------------------------------------------------------------------------
+
+_HANDLE_HEAD: Final = struct.Struct("=Ii")  # struct file_handle: handle_bytes, handle_type
+_MAX_HANDLE_SZ: Final = 128  # linux/exportfs.h
+
+_name_to_handle_at = declare(
+    *("name_to_handle_at", ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p),
+    *(ctypes.POINTER(ctypes.c_int), ctypes.c_int),
+)
+_open_by_handle_at = declare("open_by_handle_at", ctypes.c_int, ctypes.c_void_p, ctypes.c_int)
+
+
+def load_handle(fd: int) -> bytes:
+    """What names the inode behind `fd` on its file system for good, as its number does not: that
+    may be another file's later. Raises OSError.
+    """
+    head = _HANDLE_HEAD.pack(_MAX_HANDLE_SZ, 0)
+    handle = ctypes.create_string_buffer(head, len(head) + _MAX_HANDLE_SZ)
+    _name_to_handle_at(fd, b"", handle, ctypes.c_int(), _AT_EMPTY_PATH)
+    return handle.raw[: len(head) + _HANDLE_HEAD.unpack_from(handle)[0]]
+
+
+def open_by_handle(mount_fd: int, handle: bytes, flags: int) -> int:
+    """Open the inode of that handle by way of the mount that `mount_fd` is on; close-on-exec.
+
+    Needs CAP_DAC_READ_SEARCH. Raises OSError: ESTALE where there is none any more.
+    """
+    buffer = ctypes.create_string_buffer(handle, len(handle))
+    result: int = _open_by_handle_at(mount_fd, buffer, flags | os.O_CLOEXEC)
+    return result
+
+
 # --- statx(2)
 # ---------------------------------------------------------------------------------------------
 
 STATX_BTIME: Final = 0x800
 STATX_ATTR_IMMUTABLE: Final = 0x10
-_AT_EMPTY_PATH: Final = 0x1000
 
 
 class _Timestamp(ctypes.Structure):

@@ -9,19 +9,17 @@ folder is opened once more through the pool's, where the stage is.
 """
 
 import errno
-import itertools
 import os
 import stat
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Final
 
-from vrun.cow.kernel import reopen_on
 from vrun.cow.notifications import Begun
 from vrun.cow.objects import Objects
 from vrun.cow.paths import Roots
 from vrun.cow.rights import Credentials, Own
-from vstore import extents, inode, syscalls
+from vstore import extents, inode, stray, syscalls
 from vstore.pool import Pool
 from vstore.record import dataclass
 from vstore.window import Windows, thaw_private
@@ -69,9 +67,6 @@ class Target:
     credentials: Credentials
     text: bytes = b""
     """The path by which the name was found, if that was by a descriptor."""
-
-
-_numbers = itertools.count()
 
 
 def reopen(shop: Workshop, fd: int, flags: int) -> int:
@@ -132,7 +127,8 @@ class Break:
             self.is_alone = self._status.st_nlink == 1
             if not self.is_alone:
                 check_object(shop, self.shared_fd)
-            self._folder_fd = reopen_on(shop.pool.fd, target.folder_fd, _FOLDER)
+            self._folder = syscalls.load_handle(target.folder_fd)
+            self._folder_fd = syscalls.open_by_handle(shop.pool.fd, self._folder, _FOLDER)
             self._fds.append(self._folder_fd)
             self.copy_fd = _open_nameless(self._folder_fd)
             self._fds.append(self.copy_fd)
@@ -179,7 +175,7 @@ class Break:
             thaw_alone(self._shop, self.shared_fd)
             return
         shop, target = self._shop, self._target
-        spare = b"copy-%d-%d" % (os.getpid(), next(_numbers))  # an earlier supervisor's may be left
+        spare = stray.name_copy(target.ino, self.copy_fd, self._folder)
         place = f"self/fd/{self.copy_fd}"
         os.link(place, spare, src_dir_fd=shop.roots.proc_fd, dst_dir_fd=shop.stage_fd)
         before = os.fstat(self._folder_fd)
@@ -194,11 +190,11 @@ class Break:
                     try:
                         _swap(shop.stage_fd, spare, self._folder_fd, target)
                     finally:
-                        os.unlink(spare, dir_fd=shop.stage_fd)
-                        spare = b""
+                        left, spare = spare, b""
+                        _discard(shop, left)
         finally:
             if spare:
-                os.unlink(spare, dir_fd=shop.stage_fd)
+                _discard(shop, spare)
         with suppress(OSError):
             os.utime(self._folder_fd, ns=(before.st_atime_ns, before.st_mtime_ns))
 
@@ -250,7 +246,7 @@ def _swap(stage_fd: int, spare: bytes, folder_fd: int, target: Target) -> None:
     """Exchange the copy at `spare` with what the name leads to, if that is the object.
 
     The guest may put another file there at any moment. By exchanging nothing of its own is lost: it
-    is put back. Raises Changed.
+    is put back, by `stray` where we are killed or the name is gone. Raises Changed.
     """
     exchange = syscalls.RENAME_EXCHANGE
     copy_ino = os.stat(spare, dir_fd=stage_fd, follow_symlinks=False).st_ino
@@ -269,6 +265,16 @@ def _swap(stage_fd: int, spare: bytes, folder_fd: int, target: Target) -> None:
     except FileNotFoundError:
         raise Changed from None
     raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+
+
+def _discard(shop: Workshop, spare: bytes) -> None:
+    """Remove what is left at `spare`, but for a file of the guest. Raises OSError."""
+    try:
+        stray.give_back(shop.pool.fd, shop.stage_fd, spare)
+    except OSError:
+        shop.windows.has_doubts = True
+        raise
+    os.unlink(spare, dir_fd=shop.stage_fd)
 
 
 def thaw_alone(shop: Workshop, fd: int) -> None:

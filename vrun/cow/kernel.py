@@ -196,34 +196,6 @@ def set_filesystem_ids(*, uid: int, gid: int) -> None:
         raise PermissionError(errno.EPERM, f"cannot act as user {uid} and group {gid}")
 
 
-# --- the same folder on another mount: open_by_handle_at(2)
-
-_HANDLE_BYTES: Final = 128
-_name_to_handle_at = _declare(
-    *("name_to_handle_at", ctypes.c_int, ctypes.c_int, ctypes.c_char_p),
-    *(ctypes.c_void_p, ctypes.POINTER(ctypes.c_int), ctypes.c_int),
-)
-_open_by_handle_at = _declare(
-    "open_by_handle_at", ctypes.c_int, ctypes.c_int, ctypes.c_void_p, ctypes.c_int
-)
-
-
-def reopen_on(mount_fd: int, fd: int, flags: int) -> int:
-    """Open the inode behind `fd` by way of the mount that `mount_fd` is on: renames and links stay
-    within one mount.
-
-    Both are of one file system. Needs CAP_DAC_READ_SEARCH. Raises OSError.
-    """
-    handle = ctypes.create_string_buffer(struct.pack("=Ii", _HANDLE_BYTES, 0), 8 + _HANDLE_BYTES)
-    mount_id = ctypes.c_int()
-    if _name_to_handle_at(fd, b"", handle, mount_id, AT_EMPTY_PATH) < 0:
-        raise OSError(_errno(), os.strerror(_errno()))
-    opened: int = _open_by_handle_at(mount_fd, handle, flags | os.O_CLOEXEC)
-    if opened < 0:
-        raise OSError(_errno(), os.strerror(_errno()))
-    return opened
-
-
 # --- statfs(2)
 
 _fstatfs = _declare("fstatfs", ctypes.c_int, ctypes.c_int, ctypes.c_void_p)
