@@ -73,8 +73,37 @@ def test_memory_is_bounded_with_many_entries(site: Site) -> None:
     own, others = _peaks("web", "copy")
     assert own < _LIMIT_KIB
     assert others < _LIMIT_KIB
+    for changed in ("7/7", "new"):  # in one folder, and in the root: all is made anew
+        (root / changed).write_text("changed")
+        assert max(_peaks("--refresh", "web", "copy")) < _LIMIT_KIB
+        assert (site.root("copy") / changed).read_text() == "changed"
     names = [sum(len(files) for _, _, files in os.walk(tree)) for tree in _trees(site)]
     assert names[0] == names[1]
+
+
+@pytest.mark.timeout(1800 if is_soak() else 120)
+def test_memory_is_bounded_with_many_folders(site: Site) -> None:
+    """Each with one name of a file that has another in the next one."""
+    root = site.add_guest("web")
+    for number in range(scaled(3000, 200_000)):
+        place = root / f"{number // 1000}/{number}"
+        place.mkdir(parents=True)
+        if number % 2:
+            (place / "link").hardlink_to(root / f"{number // 1000}/{number - 1}/file")
+        else:
+            (place / "file").write_bytes(b"%d " % number * 9)
+    assert max(_peaks("web", "copy")) < _LIMIT_KIB
+    (root / "2/2345/link").write_text("changed by both of its names")
+    before = [(site.root("copy") / name).stat().st_ino for name in ("1", "2", "2/2000", "2/2345")]
+    assert max(_peaks("--refresh", "web", "copy")) < _LIMIT_KIB
+    after = [(site.root("copy") / name).stat().st_ino for name in ("1", "2", "2/2000", "2/2345")]
+    assert [was == now for was, now in zip(before, after, strict=True)] == [
+        True,
+        False,
+        False,
+        False,
+    ]
+    assert (site.root("copy") / "2/2344/file").read_text() == "changed by both of its names"
 
 
 def _trees(site: Site) -> tuple[Path, Path]:
