@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,7 +19,7 @@ from tests.fixtures.leftovers import make_dead_stage
 from tests.fixtures.probes import need, on
 from tests.fixtures.trees import opened
 from tests.fixtures.windows import CONTENT, Shared, fork, own_windows, shared_file
-from vrun.cow import keeping, supervisor
+from vrun.cow import breaking, keeping, supervisor
 from vrun.cow.duty import Duty
 from vstore import recovery, stray, syscalls
 
@@ -30,25 +31,30 @@ _one = on("ext4")
 _NEW = b"written by the guest, and renamed to the name"
 
 
-def _before_exchange(monkeypatch: pytest.MonkeyPatch, *acts: Callable[[], object]) -> None:
-    """The first supervisor does each of these just before one of its exchanges of names: what a
-    call does that was let go on earlier, when the name led to nothing that is shared.
-    """
+def _in_supervisor(monkeypatch: pytest.MonkeyPatch, prepare: Callable[[], object]) -> None:
+    """Do this in the first supervisor, a process that ends, before it begins."""
     be_supervisor = supervisor.be_supervisor
 
     def be(duty: Duty) -> None:
         if duty.bequest is None:
-            exchange, left = syscalls.renameat2, list(acts)
-
-            def act_and_exchange(*arguments: int | bytes, flags: int) -> None:
-                if left:
-                    left.pop(0)()
-                exchange(*arguments, flags=flags)  # type: ignore[arg-type]
-
-            syscalls.renameat2 = act_and_exchange  # type: ignore[assignment] # this process ends
+            prepare()
         be_supervisor(duty)
 
     monkeypatch.setattr(keeping, "be_supervisor", be)
+
+
+def _before_exchange(monkeypatch: pytest.MonkeyPatch, *acts: Callable[[], object]) -> None:
+    """The first supervisor does each of these just before one of its exchanges of names: what a
+    call does that was let go on earlier, when the name led to nothing that is shared.
+    """
+    exchange, left = syscalls.renameat2, list(acts)
+
+    def act_and_exchange(*arguments: int | bytes, flags: int) -> None:
+        if left:
+            left.pop(0)()
+        exchange(*arguments, flags=flags)  # type: ignore[arg-type]
+
+    _in_supervisor(monkeypatch, lambda: setattr(syscalls, "renameat2", act_and_exchange))
 
 
 def _die(*_: object) -> None:
@@ -89,6 +95,24 @@ def test_a_file_that_was_renamed_to_the_name_and_away_again_is_not_lost(
         assert moved.read_bytes() == _NEW
         assert shared.web.read_bytes() == b"!"
         assert not list((site.pool / "stage").glob("*/*/*"))
+
+
+@_one
+def test_a_name_that_is_gone_when_its_link_is_to_be_broken_is_made_anew(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As open(2) with O_CREAT does without a supervisor."""
+    with shared_file(site) as shared:
+        swap = breaking._swap
+
+        def swap_late(*arguments: Any) -> None:
+            shared.web.unlink(missing_ok=True)
+            swap(*arguments)
+
+        _in_supervisor(monkeypatch, lambda: setattr(breaking, "_swap", swap_late))
+        in_guest(site.pool, site.root("web"), _append)
+        assert shared.web.read_bytes() == b"!"
+        assert shared.is_untouched()
 
 
 # --- what recovery makes of a stage between the two exchanges

@@ -250,10 +250,10 @@ def _swap(stage_fd: int, spare: bytes, folder_fd: int, target: Target) -> None:
     """
     exchange = syscalls.RENAME_EXCHANGE
     copy_ino = os.stat(spare, dir_fd=stage_fd, follow_symlinks=False).st_ino
-    found = os.stat(target.name, dir_fd=folder_fd, follow_symlinks=False)
-    if found.st_ino != target.ino:
-        raise Changed
     try:
+        found = os.stat(target.name, dir_fd=folder_fd, follow_symlinks=False)
+        if found.st_ino != target.ino:
+            raise Changed
         syscalls.renameat2(stage_fd, spare, folder_fd, target.name, flags=exchange)
         for _ in range(_SWAPS):
             ino = os.stat(spare, dir_fd=stage_fd, follow_symlinks=False).st_ino
