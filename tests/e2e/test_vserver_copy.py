@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Tool
-from tests.fixtures.filesystems import Site, is_immutable
+from tests.fixtures.filesystems import Site, has_tools, is_immutable
 from tests.fixtures.persons import at_terminal
 from tests.fixtures.probes import need, on
 from tests.fixtures.runs import find_faults, unify
@@ -111,6 +111,21 @@ def test_an_unchanged_copy_is_found_out_at_once(machines: Machines, tool: Tool) 
     assert report["same"] is True
     assert report["bytes_sent"] < 3000
     assert machines.there.root("web").stat().st_ino == before
+
+
+def test_what_a_login_says_is_acknowledged_at_once_and_a_content_is_not(
+    machines: Machines, tool: Tool
+) -> None:
+    """As strace(1) shows: an acknowledgement for each read would be too many for a guest."""
+    if not has_tools("strace"):
+        pytest.skip("strace is not installed")
+    (machines.here.root("web") / "big").write_bytes(os.urandom(16 << 20))
+    copy(tool, machines, "-q", "web", "127.0.0.1:web")
+    trace = machines.here.filesystem.folder / "trace"
+    command: list[str | Path] = ["strace", "-f", "-qq", "-e", "trace=setsockopt", "-o", trace]
+    command += [PROGRAM, *machines.options(), "-q", "127.0.0.1:web", "back"]
+    subprocess.run(command, check=True, timeout=100)
+    assert 5 < trace.read_text().count("TCP_QUICKACK, [1]") < 60
 
 
 def test_a_refresh_brings_what_changed_and_takes_what_went(machines: Machines, tool: Tool) -> None:
