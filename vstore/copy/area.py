@@ -67,8 +67,9 @@ class Area:
         folder = self.arrived_fd
         os.rename(f"part-{row}", digest.hex(), src_dir_fd=folder, dst_dir_fd=folder)
 
-    def keep_content(self, content: bytes, digest: bytes, mode: int) -> None:
-        """As `keep_part`, of a content that is at hand; `mode` (rwx alone) saves a change of it.
+    def keep_content(self, content: bytes, digest: bytes, mode: int, mtime_ns: int) -> None:
+        """As `keep_part`, of a content that is at hand; with this mode (rwx alone) and time most
+        files have all that they are to have.
 
         Raises OSError.
         """
@@ -78,6 +79,7 @@ class Area:
             done = 0
             while done < len(content):
                 done += os.write(fd, content[done:])
+            os.utime(fd, ns=(mtime_ns, mtime_ns))
         finally:
             os.close(fd)
 

@@ -39,7 +39,7 @@ class Incoming:
         """Keep a whole content; False where it is not the row's. Raises OSError."""
         if len(content) != row.size or blake3(content).digest() != row.digest:
             return False
-        self._area.keep_content(content, row.digest, row.mode & 0o777)
+        self._area.keep_content(content, row.digest, row.mode & 0o777, row.mtime_ns)
         return True
 
     def take(self, piece: Piece, path: bytes, row: Row) -> bool | None:

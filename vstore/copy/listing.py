@@ -283,18 +283,15 @@ class Listing:
         return digest
 
     def _digest_anew(self, fd: int, status: os.stat_result, key: Key, xattrs: Xattrs) -> bytes:
-        if not self._is_still:
-            return self._read(fd, status)
-        is_settled = status.st_ctime_ns + index.SETTLED_NS < time.time_ns()
+        is_settled = self._is_still and status.st_ctime_ns + index.SETTLED_NS < time.time_ns()
         is_leased = is_settled and _take_lease(fd)
         try:
-            digest = self._read(fd, status)
-            if (
-                is_leased
-                and self._is_wanted()
-                and lease.is_unbroken(fd)
-                and _key_of(os.fstat(fd)) == key
-            ):
+            digest, content = self._read(fd, status)
+            if _key_of(os.fstat(fd)) != key:
+                return digest
+            if content and self._contents is not None:
+                self._contents.keep(key, content)
+            if is_leased and self._is_wanted() and lease.is_unbroken(fd):
                 self._digests.keep(key, digest, digest_of_xattrs(xattrs))
         finally:
             if is_leased:
@@ -302,22 +299,22 @@ class Listing:
                     lease.release(fd)
         return digest
 
-    def _read(self, fd: int, status: os.stat_result) -> bytes:
-        """The digest of the content; of a large file those of its blocks are kept on the way."""
+    def _read(self, fd: int, status: os.stat_result) -> tuple[bytes, bytes]:
+        """The digest of the content, and that itself where it is likely to be asked for (b"" else);
+        of a large file the digests of its blocks are kept on the way.
+        """
         is_dense = status.st_blocks * 512 >= status.st_size
         if is_dense and status.st_size <= SMALL and self._contents is not None:
             content = os.pread(fd, status.st_size, 0)
-            if _key_of(os.fstat(fd)) == _key_of(status):
-                self._contents.keep(_key_of(status), content)
-            return blake3(content).digest()
+            return blake3(content).digest(), content
         is_large = is_dense and status.st_size > blocks.LARGE
         if not self._keeps_blocks or not is_large or self._blocks_bytes >= _BLOCKS_AT_MOST:
-            return digest_content(fd, status, wanted=self._is_wanted)
+            return digest_content(fd, status, wanted=self._is_wanted), b""
         block = blocks.choose_block(status.st_size)
         found = blocks.digest_both(fd, status.st_size, block, wanted=self._is_wanted)
         digest, self._blocks[_key_of(status)] = found
         self._blocks_bytes += len(found[1])
-        return digest
+        return digest, b""
 
     def take_content(self, key: Key | None) -> bytes | None:
         """What the file with this key had in it when it was listed, if that is still known."""

@@ -32,8 +32,10 @@ Answer = tuple[int, list[tuple[bytes, str]], bool]
 """How many links to objects were made, (path, why not) of what could not be made, and whether the
 job is done."""
 
-_New = tuple[int, Spot, str, str]
-"""What is to be an object: its descriptor, spot, name in `arrived`, path below `objects`."""
+_New = tuple[int, Spot, str, str, Meta]
+"""What is to be an object: its descriptor, spot, name in `arrived`, path below `objects`, and what
+it is to be like.
+"""
 _Twin = tuple[Spot, Origin, str, Meta]
 """What is to be an object with a content that another file has: its spot, where the content is, the
 object's name, and what it is to be like.
@@ -289,12 +291,7 @@ class Placer:
         if fd < 0:
             self._twins.append((spot, origin, name, meta))
             return
-        try:
-            _dress(fd, meta)
-        except OSError:
-            os.close(fd)
-            raise
-        self._news.append((fd, spot, origin[1], f"{name[:2]}/{name}"))
+        self._news.append((fd, spot, origin[1], f"{name[:2]}/{name}", meta))
         if len(self._news) >= _OBJECTS_A_WINDOW:
             self._enter_news()
 
@@ -328,19 +325,21 @@ class Placer:
         copied = self._copy_twins(twins)
         if copied:
             syscalls.syncfs(self._area.fd)
-        for spot, name, spare in copied:
+        for spot, name, spare, meta in copied:
             try:
                 fd = os.open(spare, inode.OPEN_TO_READ, dir_fd=self._area.arrived_fd)
             except OSError as error:
                 self._note(spot, error)
                 continue
-            self._news.append((fd, spot, spare, f"{name[:2]}/{name}"))
+            self._news.append((fd, spot, spare, f"{name[:2]}/{name}", meta))
             if len(self._news) >= _OBJECTS_A_WINDOW:
                 self._enter_news()
         self._enter_news()
 
-    def _copy_twins(self, twins: Sequence[_Twin]) -> list[tuple[Spot, str, str]]:
-        """Spot, the object's name and the copy's name in `arrived` of each that could be made."""
+    def _copy_twins(self, twins: Sequence[_Twin]) -> list[tuple[Spot, str, str, Meta]]:
+        """Spot, the object's name, the copy's name in `arrived` and what it is like, of each that
+        could be made.
+        """
         spares: dict[str, str] = {}
         copied = []
         for spot, origin, name, meta in twins:
@@ -356,7 +355,7 @@ class Placer:
                 self._note(spot, error)
                 continue
             spares[name] = spare
-            copied.append((spot, name, spare))
+            copied.append((spot, name, spare, meta))
         return copied
 
     def _enter_news(self) -> None:
@@ -372,10 +371,11 @@ class Placer:
         """
         taken = []
         with self._windows.guard([fd for fd, *_ in news]) as refused:
-            for fd, spot, spare, path in news:
+            for fd, spot, spare, path, meta in news:
                 try:
                     if fd in refused:
                         raise OSError(errno.EBUSY, "somebody has it open for writing")
+                    _dress_object(fd, path[3:], meta)
                     if not self._enter_one(fd, spot, spare, path):
                         taken.append((spot, path[3:]))
                 except OSError as error:
@@ -383,7 +383,6 @@ class Placer:
         return taken
 
     def _enter_one(self, fd: int, spot: Spot, spare: str, path: str) -> bool:
-        _check_metadata(fd, path[3:])
         try:
             syscalls.renameat2(
                 self._area.arrived_fd,
@@ -461,7 +460,12 @@ def _dress(fd: int, meta: Meta) -> None:
     os.utime(fd, ns=(mtime_ns, mtime_ns))
 
 
-def _check_metadata(fd: int, name: str) -> None:
-    """What is to be an object has all that its name says. Its content was read when it arrived."""
+def _dress_object(fd: int, name: str, meta: Meta) -> None:
+    """See that the file has all that the object's name says: mostly it has since it arrived. Its
+    content was read then.
+    """
+    if load_metadata(fd) == find_metadata(name):
+        return
+    _dress(fd, meta)
     if load_metadata(fd) != find_metadata(name):
         raise OSError(errno.EINVAL, "the file system does not keep its metadata")
