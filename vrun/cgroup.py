@@ -296,10 +296,16 @@ def _make_level(level: Path, inherit: tuple[str, ...]) -> None:
 
 
 def _enable_controllers(path: Path, top: Path) -> None:
-    """Let the v2 controllers that guests use count from `top` down to what is in `path`."""
+    """Let the v2 controllers that guests use count from `top` down to what is in `path`.
+
+    Not below a group that has processes itself, as one of chbind has: no process could be in what
+    is below then (EOPNOTSUPP). The hierarchy's root, which has no type, is none of these.
+    """
     for level in reversed((path, *path.parents)):
         if not level.is_relative_to(top):
             continue
+        if (level / "cgroup.type").exists() and (level / "cgroup.procs").read_text():
+            return
         have = _words(level / "cgroup.controllers")
         on = _words(level / "cgroup.subtree_control")
         for name in (*_DEFAULT, *_OPTIONAL):
