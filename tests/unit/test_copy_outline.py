@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from vstore.copy.manifest import Row, is_below, pack_rows
 from vstore.copy.messages import Folders, Hostile
 from vstore.copy.outline import Outline, common
+from vstore.copy.packing import Packer
 
 Tree = Mapping[bytes, bytes]
 """Folders by their paths, each with what stands for all that is in it."""
@@ -88,6 +89,27 @@ def test_a_folder_is_the_same_in_whichever_batches_its_rows_come() -> None:
         for some in (rows[:1], rows[1:15], rows[15:31], rows[31:]):
             other.add(path, some, pack_rows(some))
     assert list(one.messages()) == list(other.messages())
+
+
+@pytest.mark.parametrize("spare", range(-2, 3))
+def test_a_tree_comes_in_the_same_batches_wherever_it_is(spare: int) -> None:
+    """Else what was made could not be held against what was sent."""
+    digests = set()
+    for below in (b"", b"top", b"top/folder"):
+        packer = Packer(below)
+        left = (2 << 20) - spare
+        for number in range(400):
+            row = Row(b"link", 0o120777, text=b"x" * (5000 if number < 399 else left - 150 - 3))
+            left -= 150 + 3 + len(row.text)
+            path = b"/".join(filter(None, (below, b"%03d" % number)))
+            for _ in packer.add(path, row, None, is_shared=False):
+                pass
+        for _ in packer.add(below, Row(b"last", 0o120777, text=b"x"), None, is_shared=False):
+            pass
+        for _ in packer.end():
+            pass
+        digests.add((packer.digest.digest(), packer.batches))
+    assert len(digests) == 1
 
 
 def test_many_folders_travel_in_several_messages() -> None:

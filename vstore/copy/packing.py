@@ -67,7 +67,7 @@ class Packer:
         batch = self._batch
         if not batch.parts or batch.parts[-1][0] != folder:
             batch.parts.append((folder, []))
-            batch.weight += len(folder) - len(self._below)
+            batch.weight += len(cut(folder, self._below))
         batch.parts[-1][1].append(row)
         if is_shared:
             batch.shared.append(batch.count)
