@@ -206,6 +206,25 @@ def test_a_folder_of_another_project_is_made_anew_with_those_around_it(
 
 
 @on("ext4")
+def test_a_mount_in_the_source_is_an_empty_folder_in_the_copy(
+    site: Site, tool: Tool, root: Path
+) -> None:
+    point = root / "etc/deep"
+    (root / "var/lib/first").hardlink_to(root / "etc/conf")
+    try:
+        subprocess.run(["mount", "-t", "tmpfs", "none", point], check=True)
+        _refresh(tool, "--verify")
+        assert list((site.root("copy") / "etc/deep").iterdir()) == []
+        assert _refresh(tool)["same"] is True
+        (root / "var/log/syslog").write_text("changed")
+        before = snapshot(site.root("copy"))
+        _refresh(tool, "--verify")
+        assert _made_anew(before, snapshot(site.root("copy"))) == {b"var/log"}
+    finally:
+        subprocess.run(["umount", point], check=False)
+
+
+@on("ext4")
 def test_a_mount_in_the_tree_stays_or_the_copy_is_refused(
     site: Site, tool: Tool, root: Path
 ) -> None:

@@ -122,14 +122,19 @@ class Listing:
         """The whole tree."""
         missed = Missed()
         for folder in walk_folders(self._root_fd, missed, skip_ino=self._pool_ino):
+            yield from self._list_mounts(missed)
             yield from self._list_folder(folder)
-        for path in sorted(missed.mounts):
-            self.found.skip("other-mount")
-            row = Row(b"", stat.S_IFDIR | 0o755)
-            yield from self.packer.add(path, row, None, is_shared=False)
+        yield from self._list_mounts(missed)
         self.found.errors += missed.errors
         yield from self.packer.end()
         self._digests.store()
+
+    def _list_mounts(self, missed: Missed) -> Iterator[Listed]:
+        """What the walk has just passed by: a folder in its place, as the copy has it."""
+        while missed.mounts:
+            self.found.skip("other-mount")
+            row = Row(b"", stat.S_IFDIR | 0o755)
+            yield from self.packer.add(missed.mounts.pop(0), row, None, is_shared=False)
 
     def again(self, path: bytes) -> Iterator[Listed]:
         """A batch with the one file at `path` as it is now; nothing where it is gone."""
