@@ -192,6 +192,28 @@ def test_a_folder_that_nobody_may_change_is_made_anew_with_those_around_it(
     assert b"etc" in _made_anew(before, snapshot(site.root("copy")))
 
 
+@on("ext4")
+def test_a_name_of_another_inode_is_made_anew_where_its_row_is_the_same(
+    site: Site, tool: Tool, root: Path
+) -> None:
+    """The row says how many rows back the first name is; of those between one has gone."""
+    (root / "srv/a/later").write_bytes(b"another file" * 99)
+    (root / "srv/apart/other").write_bytes(b"apart too")
+    other = root / "srv/b/second"
+
+    def link_to(first: str) -> None:
+        other.unlink()
+        other.hardlink_to(root / "srv/a" / first)
+
+    link_to("later")
+    _refresh(tool)
+    before = snapshot(site.root("copy"))
+    (root / "srv/apart/other").unlink()
+    _keep_time(other.parent, lambda: link_to("first"))
+    _refresh(tool)
+    _check(site, tool, before, b"srv")
+
+
 @on("xfs")
 def test_a_folder_of_another_project_is_made_anew_with_those_around_it(
     site: Site, tool: Tool, root: Path

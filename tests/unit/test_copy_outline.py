@@ -29,17 +29,17 @@ def _lineage(path: bytes) -> Iterator[bytes]:
 
 def _outline(tree: Tree, ties: list[tuple[bytes, bytes]] | None = None) -> Outline:
     outline = Outline()
+    for one, other in ties or ():
+        outline.tie(one, b"first", other)
     for path in sorted(tree):
         for name in (b"", tree[path]):
             rows = [Row(name, 0o100644, size=3)]
             outline.add(path, rows, pack_rows(rows))
-    for one, other in ties or ():
-        outline.tie(one, other)
     return outline
 
 
 def _compare(ours: Tree, theirs: Tree, ties: list[tuple[bytes, bytes]] | None = None) -> bytes:
-    return _outline(ours).compare(_outline(theirs, ties).messages())
+    return _outline(ours, ties).compare(_outline(theirs, ties).messages())
 
 
 def _outside(tree: Tree, folder: bytes) -> Tree:
@@ -72,6 +72,18 @@ def test_names_of_one_inode_are_all_in_the_tree_or_none(
     assert is_below(_compare(ours, theirs), found)
     for one, other in ties:
         assert is_below(one, found) == is_below(other, found)
+
+
+def test_another_first_name_is_a_difference_where_all_rows_are_equal() -> None:
+    found = []
+    for folder, name in ((b"a", b"x"), (b"a", b"y"), (b"a/x", b"")):
+        outline = Outline()
+        outline.tie(folder, name, b"b")
+        for path in (b"", b"a", b"b"):
+            outline.add(path, [Row(b"", 0o40755)], pack_rows([Row(b"", 0o40755)]))
+        found.append({path: digest for path, digest, _ in next(outline.messages()).folders})
+    assert len({sums[b"b"] for sums in found}) == 3
+    assert len({(sums[b""], sums[b"a"]) for sums in found}) == 1
 
 
 @settings(deadline=None)

@@ -60,10 +60,11 @@ class Found:
 
 @dataclass(slots=True)
 class _Group:
-    """An inode with several names: its first row, the folder of that, names to come."""
+    """An inode with several names: its first row, the folder and name of that, names to come."""
 
     first: int
     folder: bytes
+    name: bytes
     names: int
 
 
@@ -217,7 +218,7 @@ class Listing:
         is_group = status.st_nlink > 1 and not link
         if is_group:
             first = self.packer.next_row
-            self._groups[status.st_ino] = _Group(first, folder.path, status.st_nlink - 1)
+            self._groups[status.st_ino] = _Group(first, folder.path, name, status.st_nlink - 1)
         is_alone = status.st_nlink == 1 and can_be_object(row, min_size=_MIN_SIZE)
         is_shared = is_alone and not rules.is_excluded(b"/" + path)
         yield from self.packer.add(folder.path, row, key, is_shared=is_shared, is_group=is_group)
@@ -232,7 +233,7 @@ class Listing:
         if not group.names:
             del self._groups[status.st_ino]
         if self.outline is not None and group.folder != folder:
-            self.outline.tie(group.folder, folder)
+            self.outline.tie(group.folder, group.name, folder)
         return self.packer.next_row - group.first
 
     def _row_of_object(self, folder_fd: int, name: bytes, identity: Identity) -> Row:

@@ -15,6 +15,7 @@ from blake3 import blake3
 
 from vstore.copy.manifest import Row, check_path
 from vstore.copy.messages import Folders, FolderSum, Hostile
+from vstore.folders import join
 
 _BODY_LIMIT: Final = 1 << 20  # bytes of a message
 _FOLDERS_LIMIT: Final = 4000  # of one
@@ -63,6 +64,7 @@ class Outline:
         self._extent = NOTHING
         self._ours: list[tuple[bytes, bytes, int, int, int]] = []
         self._spans: dict[bytes, int] = {}
+        self._firsts: dict[bytes, blake3] = {}  # of folders whose rows have not all come
 
     def close(self) -> None:
         self._database.close()
@@ -83,8 +85,14 @@ class Outline:
             was.size + sum([row.size for row in rows]),
         )
 
-    def tie(self, one: bytes, other: bytes) -> None:
-        """An inode has names in both of these folders."""
+    def tie(self, one: bytes, name: bytes, other: bytes) -> None:
+        """An inode whose first name is `name` in the folder `one` has another in `other`, the rows
+        of which have not all come.
+
+        Its row there says how many rows back the first one is: which name that is depends on the
+        folders between.
+        """
+        self._firsts.setdefault(other, blake3()).update(join(one, name) + b"\0")
         reach = _depth(common(one, other))
         for path in (one, other):
             self._spans[path] = min(reach, self._spans.get(path, reach))
@@ -94,6 +102,8 @@ class Outline:
     def _end_folder(self) -> None:
         if self._path is None:
             return
+        if self._path in self._firsts:
+            self._hasher.update(self._firsts.pop(self._path).digest())
         digest = self._hasher.digest(_DIGEST_BYTES)
         self._ours.append((self._path, digest, *self._extent))
         self._path, self._hasher, self._extent = None, blake3(), NOTHING
