@@ -214,6 +214,24 @@ def test_a_name_of_another_inode_is_made_anew_where_its_row_is_the_same(
     _check(site, tool, before, b"srv")
 
 
+@on("ext4")
+def test_a_larger_tree_has_all_names_of_its_inodes_too(site: Site, tool: Tool, root: Path) -> None:
+    (root / "srv/b/deep").mkdir()
+    _refresh(tool)
+    fixed = site.root("copy") / "srv/b/deep"
+    (root / "srv/b/deep/new").write_text("new")
+    before = snapshot(site.root("copy"))
+    subprocess.run(["chattr", "+a", fixed], check=True)
+    try:
+        done = tool("vserver-copy", "-q", "--refresh", "web", "copy")
+    finally:
+        for path in site.vdirbase.rglob("srv/b/deep"):
+            subprocess.run(["chattr", "-a", path], check=True)
+    assert done.returncode == 0, done.stderr
+    assert _differences(site) == []
+    assert b"srv/a" in _made_anew(before, snapshot(site.root("copy")))
+
+
 @on("xfs")
 def test_a_folder_of_another_project_is_made_anew_with_those_around_it(
     site: Site, tool: Tool, root: Path

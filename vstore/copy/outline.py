@@ -166,10 +166,10 @@ class Outline:
             # to make one or take it away is a change of the folder that it is in
             wanted = path if is_in_both else path.rpartition(b"/")[0]
             found = wanted if found is None else common(found, wanted)
-        return self._with_all_names(found or b"")
+        return self.with_all_names(found or b"")
 
-    def _with_all_names(self, folder: bytes) -> bytes:
-        """The smallest tree around that one of which no inode has names elsewhere."""
+    def with_all_names(self, folder: bytes) -> bytes:
+        """The smallest tree around that one of which no inode of theirs has names elsewhere."""
         while folder:
             where, values = _inside(folder)
             (reach,) = self._database.execute(

@@ -276,6 +276,8 @@ class _Pass:
         """Tell the sender which tree is to come: the smallest that has all that differs."""
         folder = outline.compare(self._dialogue.expect_some(Folders, until=lambda some: some.last))
         landing = land_below(self._place, folder, stack)
+        while (around := outline.with_all_names(landing.below)) != landing.below:
+            landing = land_below(self._place, around, stack)
         outside = outline.measure_outside(landing.below)
         self._dialogue.send(Below(landing.below))
         self._progress.advance(outside.size)
