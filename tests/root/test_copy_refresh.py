@@ -232,6 +232,23 @@ def test_a_larger_tree_has_all_names_of_its_inodes_too(site: Site, tool: Tool, r
     assert b"srv/a" in _made_anew(before, snapshot(site.root("copy")))
 
 
+@on("ext4")
+def test_a_folder_too_deep_to_be_named_at_once_is_made_anew(
+    site: Site, tool: Tool, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(root)
+    for _ in range(25):
+        Path("x" * 200).mkdir()
+        monkeypatch.chdir("x" * 200)
+    Path("file").write_text("old")
+    _refresh(tool)
+    before = snapshot(site.root("copy") / "etc")
+    Path("file").write_text("new")
+    _refresh(tool)
+    assert _differences(site) == []
+    assert _made_anew(before, snapshot(site.root("copy") / "etc")) == set()
+
+
 @on("xfs")
 def test_a_folder_of_another_project_is_made_anew_with_those_around_it(
     site: Site, tool: Tool, root: Path
