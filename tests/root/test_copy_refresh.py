@@ -193,6 +193,24 @@ def test_a_folder_that_nobody_may_change_is_made_anew_with_those_around_it(
 
 
 @on("ext4")
+def test_a_larger_tree_has_all_names_of_its_inodes_too(site: Site, tool: Tool, root: Path) -> None:
+    (root / "srv/b/deep").mkdir()
+    _refresh(tool)
+    fixed = site.root("copy") / "srv/b/deep"
+    (root / "srv/b/deep/new").write_text("new")
+    before = snapshot(site.root("copy"))
+    subprocess.run(["chattr", "+a", fixed], check=True)
+    try:
+        done = tool("vserver-copy", "-q", "--refresh", "web", "copy")
+    finally:
+        for path in site.vdirbase.rglob("srv/b/deep"):
+            subprocess.run(["chattr", "-a", path], check=True)
+    assert done.returncode == 0, done.stderr
+    assert _differences(site) == []
+    assert b"srv/a" in _made_anew(before, snapshot(site.root("copy")))
+
+
+@on("ext4")
 def test_a_name_of_another_inode_is_made_anew_where_its_row_is_the_same(
     site: Site, tool: Tool, root: Path
 ) -> None:
@@ -215,24 +233,6 @@ def test_a_name_of_another_inode_is_made_anew_where_its_row_is_the_same(
 
 
 @on("ext4")
-def test_a_larger_tree_has_all_names_of_its_inodes_too(site: Site, tool: Tool, root: Path) -> None:
-    (root / "srv/b/deep").mkdir()
-    _refresh(tool)
-    fixed = site.root("copy") / "srv/b/deep"
-    (root / "srv/b/deep/new").write_text("new")
-    before = snapshot(site.root("copy"))
-    subprocess.run(["chattr", "+a", fixed], check=True)
-    try:
-        done = tool("vserver-copy", "-q", "--refresh", "web", "copy")
-    finally:
-        for path in site.vdirbase.rglob("srv/b/deep"):
-            subprocess.run(["chattr", "-a", path], check=True)
-    assert done.returncode == 0, done.stderr
-    assert _differences(site) == []
-    assert b"srv/a" in _made_anew(before, snapshot(site.root("copy")))
-
-
-@on("ext4")
 def test_a_folder_too_deep_to_be_named_at_once_is_made_anew(
     site: Site, tool: Tool, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -247,6 +247,29 @@ def test_a_folder_too_deep_to_be_named_at_once_is_made_anew(
     _refresh(tool)
     assert _differences(site) == []
     assert _made_anew(before, snapshot(site.root("copy") / "etc")) == set()
+
+
+@on("btrfs")
+@pytest.mark.parametrize("where", ["", "var/log"])
+def test_a_subvolume_is_exchanged_with_the_tree_around_it(
+    site: Site, tool: Tool, root: Path, where: str
+) -> None:
+    """It is left with what it has, as all of other file systems."""
+    volume = site.root("copy") / where
+
+    def make_volume() -> None:
+        volume.rename(site.vdirbase / "old")
+        subprocess.run(["btrfs", "subvolume", "create", volume], check=True, capture_output=True)
+
+    _keep_time(volume.parent, make_volume)
+    subprocess.run(["cp", "-a", f"{site.vdirbase}/old/.", volume], check=True)
+    (root / "etc/tiny").write_text("x")
+    (volume / "precious").write_text("precious")
+    (root / "etc/deep/one/file").write_text("changed")
+    _refresh(tool)
+    assert _differences(site) == []
+    left = list(site.vdirbase.rglob("precious"))
+    assert [path.parent.name for path in left] == ["log" if where else "tree"]
 
 
 @on("xfs")

@@ -71,6 +71,7 @@ class Chooser:
         self.deltas: dict[int, bytes] = {}  # row -> folder of the version that it is made from
         self._offered: dict[int, int] = {}  # row -> bytes of blocks' digests
         self._offered_bytes = 0
+        self._device = -1 if area is None else os.fstat(area.tree_fd).st_dev
 
     def close(self) -> None:
         self._shelf.close()
@@ -155,7 +156,8 @@ class Chooser:
                     and self._base.digest_of(fd) == row.digest
                 )
                 is_private = not wish.may_share and not wish.is_group
-                if is_equal and is_private and status.st_nlink == 1 and _looks_as(fd, status, row):
+                is_private &= status.st_nlink == 1 and status.st_dev == self._device
+                if is_equal and is_private and _looks_as(fd, status, row):
                     return (placer.RELINK, wish.spot, status.st_ino)
             finally:
                 os.close(fd)

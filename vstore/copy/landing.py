@@ -105,9 +105,9 @@ def _check_still(parent_fd: int, name: bytes, fd: int, path: Path) -> None:
 def land_below(place: Place, folder: bytes, stack: ExitStack) -> Landing:
     """Where the tree at `folder`, or the smallest around it, can be exchanged by itself.
 
-    Not for a mount point, nor in a folder that is immutable or of another project than where the
-    copy grows: there the file system refuses it. Nor where the path is so long that the kernel does
-    not tell it, and mounts below it cannot be found. `stack` closes what is opened.
+    Not for a mount point, nor in a folder that is immutable or of another subvolume or project than
+    where the copy grows: there the file system refuses it. Nor where the path is so long that the
+    kernel does not tell it, and mounts below it cannot be found. `stack` closes what is opened.
     """
     while folder:
         above = folder.rpartition(b"/")[0]
@@ -126,13 +126,14 @@ def _is_exchangeable(place: Place, fd: int, parent_fd: int) -> bool:
     """Raises OSError where that cannot be known."""
     beside_fd = os.open(place.parent, inode.OPEN_FOLDER)
     try:
-        mounts = {find_mount_id(some) for some in (fd, parent_fd, beside_fd)}
-        projects = {inode.project_id(some) for some in (fd, parent_fd, beside_fd)}
+        fds = (fd, parent_fd, beside_fd)
+        volumes = {(find_mount_id(some), os.fstat(some).st_dev) for some in fds}
+        projects = {inode.project_id(some) for some in fds}
         Path(f"/proc/self/fd/{fd}").readlink()
     finally:
         os.close(beside_fd)
     return (
-        len(mounts) == len(projects) == 1
+        len(volumes) == len(projects) == 1
         and not (inode.get_flags(fd) | inode.get_flags(parent_fd)) & _FIXED
     )
 
