@@ -4,6 +4,7 @@ Row 16 of what has gone wrong elsewhere. The honest side is the installed progra
 sockets; the other side speaks the protocol by hand.
 """
 
+import fcntl
 import os
 import signal
 import socket
@@ -25,6 +26,7 @@ from tests.fixtures.probes import need, on
 from tests.fixtures.runs import find_faults, list_objects
 from tests.fixtures.sshd import PROGRAM
 from tests.fixtures.trees import File, Folder, differences, snapshot
+from vstore import lease
 from vstore.copy import messages as m
 from vstore.copy.manifest import Row, pack_parts
 from vstore.copy.wire import Channel
@@ -369,6 +371,38 @@ def test_crafted_manifests_of_one_folder_end_the_copy(site: Site, canary: Path, 
         assert dialogue.expect(m.Below) == m.Below(b"var")
         with _refused():
             _send_and_end(_Tree(dialogue), _CRAFTED[name])
+
+
+def test_all_that_comes_is_put_where_it_belongs_after_a_part_was_asked_for(site: Site) -> None:
+    """Little disk space: first it is found out how much is to come. Then a file of the target is
+    somebody's who lets nobody read it, and all is to come.
+    """
+    site.add_guest("web", _TWO_FOLDERS)
+    sums = [*_honest_sums(), (b"var", bytes(16), 1)]
+    lease.ignore_break_signals()
+    with _server() as dialogue:
+        dialogue.send(m.Request("receive", "web", "web", refresh=True))
+        machine = os.uname().machine
+        dialogue.send(m.Source("web", machine, False, False, m.Identity(), 9, 1 << 60, []))
+        assert dialogue.expect(m.Target).is_tight
+        dialogue.send(m.Sum(bytes(32), 5, 198))
+        assert dialogue.expect(m.Same) == m.Same(same=False, compares=True)
+        dialogue.send(m.Folders(sums, last=True))
+        assert dialogue.expect(m.Below) == m.Below(b"var")
+        file = site.root("web") / "var/f"
+        file.touch()
+        with file.open("r+b") as holder:
+            fcntl.fcntl(holder, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+            tree = _Tree(dialogue)
+            tree.send(_ROOT)
+            assert not tree.end().same
+            dialogue.send(m.Sum(bytes(32), 5, 198))
+            assert dialogue.expect(m.Same) == m.Same(same=False, compares=False)
+        tree = _Tree(dialogue)
+        tree.send(_ROOT, (b"new", [Row(b"", _DIR), _row(b"f", b"new")]), contents=(b"new",))
+        assert tree.end().errors == []
+    found = snapshot(site.root("web"))
+    assert sorted(found) == [b"", b"new", b"new/f"]
 
 
 @pytest.mark.parametrize("path", [b"..", b"/etc", b"none", b"etc/f", b"et", b"var/../etc"])

@@ -251,6 +251,7 @@ class _Pass:
         """Whether the tree is just what the sender has. Asked by the sender of a refresh; where it
         is not, it is found out which part of the tree is to be made anew.
         """
+        self._landing = Landing(self._place, self._place.base_fd)
         if not self._request.refresh:
             return False
         ours = (b"", 0)
