@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Tool
-from tests.fixtures.filesystems import Site
+from tests.fixtures.filesystems import Site, is_immutable
 from tests.fixtures.probes import need, on
 from tests.fixtures.sshd import PROGRAM, run_sshd
 from tests.fixtures.trees import COPY_MAY_DIFFER, File, differences, snapshot
@@ -88,6 +88,36 @@ def test_name_addresses_and_context_are_changed_also_in_the_guest(site: Site, to
     assert (root / "etc/hosts").read_text() == wanted
     assert "address 10.0.0.9\n" in (root / "etc/network/interfaces").read_text()
     assert (root / "etc/other").read_text() == "web.example 10.0.0.5\n"
+    assert "nothing to do" in tool("vserver-copy", "--refresh", "web", "shop").stdout
+
+
+@pytest.mark.parametrize("is_unified", [False, True])
+def test_what_has_more_names_is_changed_in_the_guest_too(
+    site: Site, tool: Tool, *, is_unified: bool
+) -> None:
+    """Names of one inode, of which another comes first; or an object of the pool."""
+    _add(site)
+    hosts = site.root("web") / "etc/hosts"
+    if is_unified:
+        site.add_guest("twin", [File("etc/hosts", _HOSTS.encode())])
+        for name in ("web", "twin"):
+            site.configure(name, "apps/vunify/exclude", "+/etc/*\n")
+        assert tool("vunify", "web", "twin").returncode == 0
+        assert is_immutable(hosts)
+    else:
+        for name in ("etc/also", "bin", "srv"):
+            (site.root("web") / name).hardlink_to(hosts)
+    before = snapshot(site.root("web"))
+    _copy(tool, *("-q", "--context", "auto", "--ip", "10.0.0.9", "web", "shop"))
+    after = snapshot(site.root("shop"))
+    wanted = _HOSTS.replace("10.0.0.5 ", "10.0.0.9 ")
+    assert (site.root("shop") / "etc/hosts").read_text() == wanted
+    others = (b"bin", b"etc/also", b"srv")
+    assert [after[path].digest for path in others if path in after] == [
+        before[path].digest for path in others if path in before
+    ]
+    if not is_unified:
+        assert after[b"srv"].group == others
     assert "nothing to do" in tool("vserver-copy", "--refresh", "web", "shop").stdout
 
 

@@ -195,8 +195,9 @@ class Listing:
     ) -> Iterator[Listed]:
         name = os.fsencode(entry.name)
         path = join(folder.path, name)
+        is_rewritten = path in self._rewritten  # and so no name of what it is in the source
         try:
-            if identity is not None:
+            if identity is not None and not is_rewritten:
                 row = self._row_of_object(folder.fd, name, identity)
                 yield from self.packer.add(folder.path, row, None, is_shared=True)
                 self._count(row)
@@ -205,7 +206,7 @@ class Listing:
             if stat.S_ISSOCK(status.st_mode):
                 self.found.skip("socket")
                 return
-            link = self._find_group(status, folder.path)
+            link = 0 if is_rewritten else self._find_group(status, folder.path)
             if link:
                 row, key = Row(name, status.st_mode, link=link), None
             elif stat.S_ISREG(status.st_mode):
@@ -215,7 +216,7 @@ class Listing:
         except OSError as error:
             self._note(path, error)
             return
-        is_group = status.st_nlink > 1 and not link
+        is_group = status.st_nlink > 1 and not link and not is_rewritten
         if is_group:
             first = self.packer.next_row
             self._groups[status.st_ino] = _Group(first, folder.path, name, status.st_nlink - 1)
