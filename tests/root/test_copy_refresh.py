@@ -1,5 +1,6 @@
 """A refresh makes the smallest tree anew that has all changes, and leaves every other as it is."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -27,6 +28,7 @@ from tests.fixtures.trees import (
     snapshot,
 )
 from tests.fixtures.windows import wait_for
+from vstore import lease
 
 pytestmark = need("immutable", "lease")
 
@@ -161,6 +163,27 @@ def test_what_the_copy_has_changed_is_made_anew_too(site: Site, tool: Tool, root
     (site.root("copy") / "var/lib/new").mkdir()
     _refresh(tool, "--verify")
     _check(site, tool, before, b"var")
+
+
+@on("ext4")
+@pytest.mark.parametrize("side", ["web", "copy"])
+def test_what_cannot_be_read_is_never_nothing_to_do(
+    site: Site, tool: Tool, root: Path, side: str
+) -> None:
+    """Its owner has a lease on it. In the source it is named; in the copy it goes."""
+    kept = site.root(side) / "etc/kept"
+    _keep_time(kept.parent, lambda: kept.write_text("kept from us"))
+    lease.ignore_break_signals()
+    with kept.open("r+b") as holder:
+        fcntl.fcntl(holder, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+        done = tool("vserver-copy", "--refresh", "--keep-going", "web", "copy")
+        assert done.returncode == (20 if side == "web" else 0)
+        assert not (site.root("copy") / "etc/kept").exists()
+        done = tool("vserver-copy", "--refresh", "web", "copy")
+        assert done.returncode == (1 if side == "web" else 0)
+        assert ("etc/kept" in done.stderr) is (side == "web")
+    _refresh(tool)
+    assert _differences(site) == []
 
 
 def test_a_dry_run_counts_the_rest_too(site: Site, tool: Tool, root: Path) -> None:

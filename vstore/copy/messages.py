@@ -111,9 +111,12 @@ class Target(msgspec.Struct, array_like=True):
 
 
 class Sum(msgspec.Struct, array_like=True):
+    """Of the manifest; `errors` entries that cannot be read are not in it."""
+
     digest: Digest
     rows: Count
     bytes: Count
+    errors: Count = 0
 
 
 class Same(msgspec.Struct, array_like=True):

@@ -260,10 +260,10 @@ class _Pass:
                 pass
             ours = (base.packer.digest.digest(), base.packer.rows)
         theirs = self._dialogue.expect(Sum)
-        is_known = base is not None and self._place.guest is not None
-        is_same = is_known and ours == (theirs.digest, theirs.rows)
+        is_known = base is not None and self._place.guest is not None and not base.found.errors
+        is_same = is_known and ours == (theirs.digest, theirs.rows) and not theirs.errors
         self._progress.phase("copy", theirs.bytes, "bytes")
-        compares = is_known and not is_same and base is not None and not base.found.errors
+        compares = is_known and not is_same
         self._dialogue.send(Same(is_same, compares))
         if base is not None and is_same:
             self._tally = Tally(files=base.found.files, size=base.found.size)

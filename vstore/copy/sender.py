@@ -130,7 +130,9 @@ class Sender:
             spool.put(batch)
         packer = self._listing.packer
         packer.outline = None  # of the tree as it was found: some may be listed again
-        self._dialogue.send(Sum(packer.digest.digest(), packer.rows, self._listing.found.size))
+        found = self._listing.found
+        digest = packer.digest.digest()
+        self._dialogue.send(Sum(digest, packer.rows, found.size, len(found.errors)))
         return self._dialogue.expect(Same)
 
     def _compare(self, spool: Spool) -> Iterator[Listed]:
