@@ -81,9 +81,8 @@ def walk_folders(root_fd: int, missed: Missed, *, skip_ino: int = 0) -> Iterator
 def _look(path: bytes, fd: int, missed: Missed) -> Folder | None:
     try:
         with os.scandir(fd) as entries:
-            by_name = {
-                entry.name: entry for entry in entries
-            }  # xfs: made anew meanwhile, it is twice
+            # xfs gives a name twice that is made anew meanwhile
+            by_name = {entry.name: entry for entry in entries}
         return Folder(path, fd, os.fstat(fd), sorted(by_name.values(), key=attrgetter("name")))
     except OSError as error:
         missed.note(path, error)
