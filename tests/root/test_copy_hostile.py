@@ -311,15 +311,20 @@ def test_whoever_knows_a_digest_alone_gets_nothing_where_proofs_are_asked(site: 
 _TWO_FOLDERS = [File("etc/f", b"x" * 99), File("var/f", b"x" * 99)]
 
 
+def _fetch_folders(dialogue: m.Dialogue) -> list[m.FolderSum]:
+    """Ask for `web` again, of which the copy differs: what its folders have."""
+    dialogue.send(m.Request("send", "web", "x", refresh=True))
+    dialogue.expect(m.Source)
+    dialogue.send(m.Target(m.Identity(), "x", False))
+    dialogue.expect(m.Sum)
+    dialogue.send(m.Same(same=False, compares=True))
+    return dialogue.expect(m.Folders).folders
+
+
 def _honest_sums() -> list[m.FolderSum]:
     """Of the root and of etc, as the program itself says them."""
     with _server() as dialogue:
-        dialogue.send(m.Request("send", "web", "x", refresh=True))
-        dialogue.expect(m.Source)
-        dialogue.send(m.Target(m.Identity(), "x", False))
-        dialogue.expect(m.Sum)
-        dialogue.send(m.Same(same=False, compares=True))
-        found = dialogue.expect(m.Folders).folders
+        found = _fetch_folders(dialogue)
     return [folder for folder in found if folder[0] != b"var"]
 
 
@@ -409,12 +414,7 @@ def test_all_that_comes_is_put_where_it_belongs_after_a_part_was_asked_for(site:
 def test_wishes_for_folders_that_cannot_be_end_the_copy(site: Site, path: bytes) -> None:
     site.add_guest("web", [File("etc/f", b"x" * 99)])
     with _server() as dialogue:
-        dialogue.send(m.Request("send", "web", "x", refresh=True))
-        dialogue.expect(m.Source)
-        dialogue.send(m.Target(m.Identity(), "x", False))
-        dialogue.expect(m.Sum)
-        dialogue.send(m.Same(same=False, compares=True))
-        dialogue.expect(m.Folders)
+        _fetch_folders(dialogue)
         dialogue.send(m.Below(path))
         with _refused("a folder that is not there"):
             dialogue.expect(m.Batch)
