@@ -10,6 +10,8 @@ from vstore.copy.manifest import Row, is_below, pack_rows
 from vstore.copy.messages import Folders, Hostile
 from vstore.copy.outline import Outline, common
 from vstore.copy.packing import Packer
+from vstore.copy.scratch import Scratch
+from vstore.errors import NoSpace
 
 Tree = Mapping[bytes, bytes]
 """Folders by their paths, each with what stands for all that is in it."""
@@ -138,6 +140,15 @@ def test_many_folders_travel_in_several_messages() -> None:
 def test_folders_that_cannot_be_are_refused(paths: list[bytes]) -> None:
     with pytest.raises(Hostile):
         _outline({b"": b"x"}).compare([Folders([(path, bytes(16), 0) for path in paths], True)])
+
+
+def test_a_full_folder_for_temporary_files_is_said() -> None:
+    outline = Outline(Scratch(most_pages=20))
+    for number in range(400):  # fewer than are stored at once
+        outline.add(b"%d" % number + b"x" * 500, [Row(b"", 0o040755)], pack_rows([]))
+    with pytest.raises(NoSpace, match="in a temporary file"):
+        outline.measure_outside(b"")
+    outline.close()
 
 
 def test_a_tree_without_a_root_differs_in_all() -> None:

@@ -15,6 +15,7 @@ from blake3 import blake3
 
 from vstore.copy.manifest import Row, check_path
 from vstore.copy.messages import Folders, FolderSum, Hostile
+from vstore.copy.scratch import Scratch
 from vstore.folders import join
 
 _BODY_LIMIT: Final = 1 << 20  # bytes of a message
@@ -22,13 +23,12 @@ _FOLDERS_LIMIT: Final = 4000  # of one
 _AT_ONCE: Final = 500
 _DIGEST_BYTES: Final = 16
 
-_SCHEMA: Final = """
-CREATE TABLE ours (
-    path BLOB PRIMARY KEY, digest BLOB, rows INTEGER, files INTEGER, size INTEGER
-) WITHOUT ROWID;
-CREATE TABLE spans (path BLOB, reach INTEGER);
-CREATE TABLE theirs (path BLOB PRIMARY KEY, digest BLOB, reach INTEGER) WITHOUT ROWID;
-"""
+_SCHEMA: Final = (
+    "ours (path BLOB PRIMARY KEY, digest BLOB, rows INTEGER, files INTEGER, size INTEGER)"
+    " WITHOUT ROWID",
+    "spans (path BLOB, reach INTEGER)",
+    "theirs (path BLOB PRIMARY KEY, digest BLOB, reach INTEGER) WITHOUT ROWID",
+)
 _SUMS: Final = """
 SELECT ours.path, digest, min(coalesce(min(reach), 1 << 30), depth(ours.path))
 FROM ours LEFT JOIN spans USING (path) GROUP BY ours.path
@@ -53,12 +53,13 @@ NOTHING: Final = Extent()
 
 
 class Outline:
-    """The folders of a tree, on disk."""
+    """The folders of a tree, on disk where they are many. Raises NoSpace throughout."""
 
-    def __init__(self) -> None:
-        self._database = sqlite3.connect("", isolation_level=None, check_same_thread=False)
+    def __init__(self, database: Scratch | None = None) -> None:
+        self._database = database or Scratch()
         self._database.create_function("depth", 1, _depth, deterministic=True)
-        self._database.executescript(_SCHEMA)
+        for table in _SCHEMA:
+            self._database.execute(f"CREATE TABLE {table}")
         self._path: bytes | None = None
         self._hasher = blake3()
         self._extent = NOTHING

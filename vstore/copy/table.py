@@ -2,10 +2,10 @@
 which spills to disk.
 """
 
-import sqlite3
 from typing import Final, Generic, TypeVar
 
-_CACHE_KIB: Final = 8_000
+from vstore.copy.scratch import Scratch
+
 _IN_MEMORY: Final = 40_000
 """Rows, of some 300 bytes each."""
 
@@ -21,7 +21,7 @@ class Table(Generic[Key, Value]):
     def __init__(self, in_memory: int = _IN_MEMORY) -> None:
         self._in_memory = in_memory
         self._rows: dict[Key, Value] = {}
-        self._database: sqlite3.Connection | None = None
+        self._database: Scratch | None = None
 
     def close(self) -> None:
         if self._database is not None:
@@ -48,10 +48,7 @@ class Table(Generic[Key, Value]):
 
     def _spill(self) -> None:
         if self._database is None:
-            self._database = sqlite3.connect("", isolation_level=None, check_same_thread=False)
-            self._database.execute("PRAGMA journal_mode = OFF")
-            self._database.execute("PRAGMA synchronous = OFF")
-            self._database.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
+            self._database = Scratch()
             self._database.execute("CREATE TABLE rows (key PRIMARY KEY, value) WITHOUT ROWID")
         self._database.execute("BEGIN")
         rows = sorted(self._rows.items())
