@@ -213,11 +213,12 @@ def test_folders_that_a_failed_build_made_above_its_root_go_too(site: Site) -> N
 def test_two_builds_that_end_at_once_never_have_one_number(site: Site, name: str) -> None:
     """The other guest takes the number while this one is built."""
     taker = "db" if name == "web" else "web"
-    take = f"mkdir {site.confdir}/{taker} && echo 77 >{site.confdir}/{taker}/context"
+    theirs = site.confdir / taker
+    take = f"mkdir {theirs} && echo 77 >{theirs}/context"
     with pytest.raises(WrongUsage, match=f"belongs to guest {taker}"):
         build(name, "-m", "skeleton", "--context", "77", "--", "sh", "-c", take)
     site.configure(".defaults", "context.next", "78\n")
-    take = take.replace("mkdir", "true").replace("77", "78")
+    take = f"echo 78 >{theirs}/context"
     with pytest.raises(WrongUsage, match=f"belongs to guest {taker}"):
         build(name, "-m", "skeleton", "--", "sh", "-c", take)
     assert left(site) == {f"conf/{taker}"}
