@@ -41,6 +41,31 @@ class Missed:
             self.errors.append((path, f"cannot be read: {error.strerror}"))
 
 
+class LastFolder:
+    """The folder below `root_fd` that was asked for last, which stays open: what comes next is
+    mostly in the same one.
+    """
+
+    def __init__(self, root_fd: int) -> None:
+        self._root_fd = root_fd
+        self._path = b""
+        self._fd = -1
+
+    def open(self, path: bytes) -> int:
+        """Its descriptor, until another one is asked for. Raises OSError as `open_below`."""
+        if self._fd < 0 or self._path != path:
+            self.close()
+            self._fd = open_below(self._root_fd, path)
+            self._path = path
+        return self._fd
+
+    def close(self) -> None:
+        """The next one is opened anew."""
+        if self._fd >= 0:
+            os.close(self._fd)
+        self._fd = -1
+
+
 def join(folder: bytes, name: bytes) -> bytes:
     """The path of `name` in `folder`, which may be the root (b"")."""
     return folder + b"/" + name if folder else name

@@ -6,8 +6,6 @@ sockets; the other side speaks the protocol by hand.
 
 import fcntl
 import os
-import signal
-import socket
 import stat
 import subprocess
 from collections.abc import Iterator
@@ -21,6 +19,7 @@ from blake3 import blake3
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.fixtures.dialogues import DIR, FILE, ROOT, Tree, offer, refused, row, serving
 from tests.fixtures.filesystems import Site
 from tests.fixtures.probes import need, on
 from tests.fixtures.runs import find_faults, list_objects
@@ -29,92 +28,11 @@ from tests.fixtures.trees import File, Folder, differences, snapshot
 from vstore import lease
 from vstore.copy import messages as m
 from vstore.copy.manifest import Row, pack_parts
-from vstore.copy.wire import Channel
 from vstore.errors import ToolError
 
 pytestmark = [need("immutable", "lease"), on("ext4")]
 
-_FILE = stat.S_IFREG | 0o644
-_DIR = stat.S_IFDIR | 0o755
 _LINK = stat.S_IFLNK | 0o777
-
-
-@contextmanager
-def _server() -> Iterator[m.Dialogue]:
-    """The installed program as a server, and our end of its channel."""
-    ours, theirs = socket.socketpair()
-    command = [os.fspath(PROGRAM), "--serve"]
-    end, pipe = theirs.fileno(), subprocess.PIPE
-    with subprocess.Popen(command, stdin=end, stdout=end, stderr=pipe) as process:
-        theirs.close()
-        fd = ours.detach()
-        channel = Channel(fd, fd, peer="honest")
-        dialogue = m.Dialogue(channel)
-        try:
-            m.greet(dialogue, "hostile", "nowhere")
-            yield dialogue
-        finally:
-            channel.close(wait_s=0)
-            try:
-                _, said = process.communicate(timeout=60)
-            except subprocess.TimeoutExpired:
-                process.send_signal(signal.SIGKILL)
-                raise
-            assert b"Traceback" not in said, said.decode()
-
-
-@contextmanager
-def _refused(match: str | None = None) -> Iterator[None]:
-    """The honest side ends it: of itself, not because it hangs and we lose patience."""
-    with pytest.raises(ToolError, match=match) as found:
-        yield
-    assert "nothing came" not in found.value.message
-
-
-def _offer(dialogue: m.Dialogue, **changes: Any) -> m.Target:
-    """Begin to send a guest `new`, as it should be but for the changes."""
-    dialogue.send(m.Request("receive", "web", "new"))
-    source = m.Source("web", os.uname().machine, False, False, m.Identity(), 10, 1000, [])
-    dialogue.send(msgspec.structs.replace(source, **changes))
-    return dialogue.expect(m.Target)
-
-
-class _Tree:
-    """Batches by hand."""
-
-    def __init__(self, dialogue: m.Dialogue) -> None:
-        self._dialogue = dialogue
-        self._digest = blake3()
-        self._rows = 0
-        self._batches = 0
-
-    def send(self, *parts: tuple[bytes, list[Row]], contents: tuple[bytes, ...] = ()) -> None:
-        """One batch, and the contents of those of its rows that are asked for, in order."""
-        packed = pack_parts(list(parts))
-        count = sum(len(rows) for _, rows in parts)
-        self._digest.update(packed)
-        bits = m.set_bits(list(range(count)), count)
-        self._dialogue.send(
-            m.Batch(self._batches, self._rows, msgspec.Raw(packed), bits, bytes(len(bits)))
-        )
-        want = self._dialogue.expect(m.Want)
-        wanted = [self._rows + place for place in m.list_bits(want.wanted, count)]
-        if wanted and contents:
-            self._dialogue.send(m.Contents(list(zip(wanted, contents, strict=False))))
-        self._dialogue.send(m.Served(self._batches))
-        self._batches += 1
-        self._rows += count
-
-    def end(self) -> m.Result:
-        self._dialogue.send(m.End(self._batches, self._rows, self._digest.digest()))
-        return self._dialogue.expect(m.Result)
-
-
-def _row(name: bytes, content: bytes = b"x" * 99, mode: int = _FILE) -> Row:
-    return Row(name, mode, size=len(content), digest=blake3(content).digest())
-
-
-_ROOT = (b"", [Row(b"", _DIR)])
 
 
 @pytest.fixture
@@ -133,50 +51,50 @@ def canary(site: Site) -> Iterator[Path]:
 
 
 _CRAFTED: dict[str, list[tuple[bytes, list[Row]]]] = {
-    "up": [_ROOT, (b"", [_row(b"..")])],
-    "path up": [_ROOT, (b"..", [_row(b"f")])],
-    "absolute": [_ROOT, (b"/etc", [_row(b"f")])],
-    "name with slash": [_ROOT, (b"", [_row(b"../canary/file")])],
-    "empty name": [_ROOT, (b"", [_row(b"")])],
-    "nul": [_ROOT, (b"", [_row(b"a\0b")])],
+    "up": [ROOT, (b"", [row(b"..")])],
+    "path up": [ROOT, (b"..", [row(b"f")])],
+    "absolute": [ROOT, (b"/etc", [row(b"f")])],
+    "name with slash": [ROOT, (b"", [row(b"../canary/file")])],
+    "empty name": [ROOT, (b"", [row(b"")])],
+    "nul": [ROOT, (b"", [row(b"a\0b")])],
     "below a symlink": [
-        _ROOT,
+        ROOT,
         (b"", [Row(b"out", _LINK, text=b"../../../canary")]),
-        (b"out", [_row(b"file")]),
+        (b"out", [row(b"file")]),
     ],
     "folder over a symlink": [
-        _ROOT,
+        ROOT,
         (b"", [Row(b"out", _LINK, text=b"../../../canary")]),
-        (b"out", [Row(b"", _DIR)]),
+        (b"out", [Row(b"", DIR)]),
     ],
-    "twice": [_ROOT, (b"", [_row(b"f"), _row(b"f")])],
-    "symlink then file": [_ROOT, (b"", [Row(b"f", _LINK, text=b"../../canary/file"), _row(b"f")])],
-    "link to what is not": [_ROOT, (b"", [Row(b"f", _FILE, link=5)])],
-    "link to no group": [_ROOT, (b"", [_row(b"a"), Row(b"f", _FILE, link=1)])],
+    "twice": [ROOT, (b"", [row(b"f"), row(b"f")])],
+    "symlink then file": [ROOT, (b"", [Row(b"f", _LINK, text=b"../../canary/file"), row(b"f")])],
+    "link to what is not": [ROOT, (b"", [Row(b"f", FILE, link=5)])],
+    "link to no group": [ROOT, (b"", [row(b"a"), Row(b"f", FILE, link=1)])],
     "link to a symlink as a file": [
-        _ROOT,
-        (b"", [Row(b"a", _LINK, text=b"/etc/shadow"), Row(b"f", _FILE, link=1)]),
+        ROOT,
+        (b"", [Row(b"a", _LINK, text=b"/etc/shadow"), Row(b"f", FILE, link=1)]),
     ],
-    "no parent": [_ROOT, (b"a/b", [_row(b"f")])],
-    "no root": [(b"", [_row(b"f")]), _ROOT],
-    "huge": [_ROOT, (b"", [Row(b"f", _FILE, size=(1 << 63) - 1, digest=bytes(32))])],
+    "no parent": [ROOT, (b"a/b", [row(b"f")])],
+    "no root": [(b"", [row(b"f")]), ROOT],
+    "huge": [ROOT, (b"", [Row(b"f", FILE, size=(1 << 63) - 1, digest=bytes(32))])],
     "foreign attribute": [
-        _ROOT,
-        (b"", [Row(b"f", _FILE, size=0, digest=bytes(32), xattrs=[(b"btrfs.compression", b"x")])]),
+        ROOT,
+        (b"", [Row(b"f", FILE, size=0, digest=bytes(32), xattrs=[(b"btrfs.compression", b"x")])]),
     ],
 }
 
 
 @pytest.mark.parametrize("name", sorted(_CRAFTED))
 def test_crafted_manifests_end_the_copy(site: Site, canary: Path, name: str) -> None:
-    with _server() as dialogue:
-        _offer(dialogue)
-        tree = _Tree(dialogue)
-        with _refused():
+    with serving() as dialogue:
+        offer(dialogue)
+        tree = Tree(dialogue)
+        with refused():
             _send_and_end(tree, _CRAFTED[name])
 
 
-def _send_and_end(tree: _Tree, parts: list[tuple[bytes, list[Row]]]) -> None:
+def _send_and_end(tree: Tree, parts: list[tuple[bytes, list[Row]]]) -> None:
     contents = [b"x" * 99] * 10
     tree.send(*parts, contents=tuple(contents))
     tree.end()
@@ -184,21 +102,21 @@ def _send_and_end(tree: _Tree, parts: list[tuple[bytes, list[Row]]]) -> None:
 
 def test_the_same_by_hand_but_honest_arrives(site: Site) -> None:
     """The witness that the refusals above are for what was crafted."""
-    with _server() as dialogue:
-        _offer(dialogue)
-        tree = _Tree(dialogue)
-        tree.send(_ROOT, (b"", [_row(b"f"), Row(b"l", _LINK, text=b"f")]), contents=(b"x" * 99,))
+    with serving() as dialogue:
+        offer(dialogue)
+        tree = Tree(dialogue)
+        tree.send(ROOT, (b"", [row(b"f"), Row(b"l", _LINK, text=b"f")]), contents=(b"x" * 99,))
         assert tree.end().files == 1
     assert (site.root("new") / "f").read_bytes() == b"x" * 99
     assert find_faults(site.pool) == []
 
 
 def test_other_content_than_was_announced_is_not_taken(site: Site, canary: Path) -> None:
-    with _server() as dialogue:
-        _offer(dialogue)
-        tree = _Tree(dialogue)
-        tree.send(_ROOT, (b"", [_row(b"f")]), contents=(b"y" * 99,))
-        with _refused("its digest is another one"):
+    with serving() as dialogue:
+        offer(dialogue)
+        tree = Tree(dialogue)
+        tree.send(ROOT, (b"", [row(b"f")]), contents=(b"y" * 99,))
+        with refused("its digest is another one"):
             tree.end()
     assert list_objects(site.pool) == []
 
@@ -215,36 +133,36 @@ def test_contents_that_nobody_asked_for_end_the_copy(site: Site, canary: Path) -
         m.End(0, 0, bytes(32)),
         m.End(1, 2, bytes(32)),
     ):
-        with _server() as dialogue:
-            _offer(dialogue)
-            packed = pack_parts([_ROOT, (b"", [_row(b"f")])])
+        with serving() as dialogue:
+            offer(dialogue)
+            packed = pack_parts([ROOT, (b"", [row(b"f")])])
             dialogue.send(m.Batch(0, 0, msgspec.Raw(packed), b"\0", b"\0"))
             dialogue.expect(m.Want)
             dialogue.send(message)
-            with _refused():
+            with refused():
                 dialogue.expect(m.Result)
 
 
 def test_less_than_was_asked_for_ends_the_copy(site: Site, canary: Path) -> None:
-    with _server() as dialogue:
-        _offer(dialogue)
-        tree = _Tree(dialogue)
-        tree.send(_ROOT, (b"", [_row(b"f")]))
-        with _refused("less than was asked for"):
+    with serving() as dialogue:
+        offer(dialogue)
+        tree = Tree(dialogue)
+        tree.send(ROOT, (b"", [row(b"f")]))
+        with refused("less than was asked for"):
             tree.end()
 
 
 def test_a_manifest_without_contents_cannot_fill_the_memory(site: Site, canary: Path) -> None:
-    with _server() as dialogue:
-        _offer(dialogue)
-        with _refused("more of a manifest than it serves"):
+    with serving() as dialogue:
+        offer(dialogue)
+        with refused("more of a manifest than it serves"):
             _send_batches(dialogue, 200)
 
 
 def _send_batches(dialogue: m.Dialogue, count: int) -> None:
     for number in range(count):
-        row = _row(b"%d" % number, os.urandom(50)) if number else Row(b"", _DIR)
-        packed = pack_parts([(b"", [row])])
+        new = row(b"%d" % number, os.urandom(50)) if number else Row(b"", DIR)
+        packed = pack_parts([(b"", [new])])
         dialogue.send(m.Batch(number, number, msgspec.Raw(packed), b"\0", b"\0"))
         dialogue.expect(m.Want)
 
@@ -253,8 +171,8 @@ def _send_batches(dialogue: m.Dialogue, count: int) -> None:
     "path", ["d/../../escape", "d//x", "/etc/passwd", "d/vdir", "x", "d/a\nb", "conf/x", "d/.."]
 )
 def test_settings_that_lead_elsewhere_end_the_copy(site: Site, canary: Path, path: str) -> None:
-    with _server() as dialogue, _refused():
-        _offer(dialogue, settings=[m.Setting(path, "f", 0o644, b"x")])
+    with serving() as dialogue, refused():
+        offer(dialogue, settings=[m.Setting(path, "f", 0o644, b"x")])
 
 
 def test_scripts_and_symlinks_out_of_the_configuration_stay_behind(site: Site) -> None:
@@ -265,10 +183,10 @@ def test_scripts_and_symlinks_out_of_the_configuration_stay_behind(site: Site) -
         m.Setting("d/out", "l", 0o777, b"/etc/shadow"),
         m.Setting("d/context", "f", 0o644, b"1234\n"),
     ]
-    with _server() as dialogue:
-        _offer(dialogue, settings=items)
-        tree = _Tree(dialogue)
-        tree.send(_ROOT)
+    with serving() as dialogue:
+        offer(dialogue, settings=items)
+        tree = Tree(dialogue)
+        tree.send(ROOT)
         result = tree.end()
     assert len(result.warnings) == 2
     assert sorted(path.name for path in (site.confdir / "new").iterdir()) == ["context", "vdir"]
@@ -281,9 +199,9 @@ def test_whoever_knows_a_digest_alone_gets_nothing_where_proofs_are_asked(site: 
     subprocess.run([PROGRAM.with_name("vhashify"), "victim"], check=True, capture_output=True)
     assert (root / "secret").stat().st_nlink == 2
     for proof in (bytes(32), blake3(secret).digest()):
-        with _server() as dialogue:
-            _offer(dialogue)
-            packed = pack_parts([_ROOT, (b"", [_row(b"f", secret)])])
+        with serving() as dialogue:
+            offer(dialogue)
+            packed = pack_parts([ROOT, (b"", [row(b"f", secret)])])
             dialogue.send(m.Batch(0, 0, msgspec.Raw(packed), b"\x03", b"\0"))
             want = dialogue.expect(m.Want)
             assert want.wanted == b"\0"
@@ -291,11 +209,11 @@ def test_whoever_knows_a_digest_alone_gets_nothing_where_proofs_are_asked(site: 
             dialogue.send(m.Proofs(0, [proof]))
             dialogue.send(m.Served(0))
             dialogue.send(m.End(1, 2, blake3(packed).digest()))
-            with _refused("without having its content"):
+            with refused("without having its content"):
                 dialogue.expect(m.Result)
         assert not site.root("new").exists()
-    with _server() as dialogue:
-        _offer(dialogue)
+    with serving() as dialogue:
+        offer(dialogue)
         dialogue.send(m.Batch(0, 0, msgspec.Raw(packed), b"\x03", b"\0"))
         nonce = dialogue.expect(m.Want).nonce
         dialogue.send(m.Proofs(0, [blake3(secret, key=nonce).digest()]))
@@ -323,7 +241,7 @@ def _fetch_folders(dialogue: m.Dialogue) -> list[m.FolderSum]:
 
 def _honest_sums() -> list[m.FolderSum]:
     """Of the root and of etc, as the program itself says them."""
-    with _server() as dialogue:
+    with serving() as dialogue:
         found = _fetch_folders(dialogue)
     return [folder for folder in found if folder[0] != b"var"]
 
@@ -334,7 +252,7 @@ def _refreshed(site: Site) -> Iterator[m.Dialogue]:
     if not site.root("web").exists():
         site.add_guest("web", _TWO_FOLDERS)
     before = snapshot(site.root("web"))
-    with _server() as dialogue:
+    with serving() as dialogue:
         dialogue.send(m.Request("receive", "web", "web", refresh=True))
         dialogue.send(m.Source("web", os.uname().machine, False, False, m.Identity(), 9, 999, []))
         dialogue.expect(m.Target)
@@ -356,13 +274,13 @@ def _sums(*paths: bytes, reach: int = 1 << 30) -> m.Folders:
         _sums(b"", b"etc", b"etc"),
         _sums(b"", b"etc/./f"),
         m.Below(b""),
-        m.Batch(0, 0, msgspec.Raw(pack_parts([_ROOT])), b"\0", b"\0"),
+        m.Batch(0, 0, msgspec.Raw(pack_parts([ROOT])), b"\0", b"\0"),
     ],
 )
 def test_folders_that_cannot_be_end_the_copy(site: Site, message: m.Folders) -> None:
     with _refreshed(site) as dialogue:
         dialogue.send(message)
-        with _refused():
+        with refused():
             dialogue.expect(m.Below)
 
 
@@ -374,8 +292,8 @@ def test_crafted_manifests_of_one_folder_end_the_copy(site: Site, canary: Path, 
     with _refreshed(site) as dialogue:
         dialogue.send(m.Folders(sums, last=True))
         assert dialogue.expect(m.Below) == m.Below(b"var")
-        with _refused():
-            _send_and_end(_Tree(dialogue), _CRAFTED[name])
+        with refused():
+            _send_and_end(Tree(dialogue), _CRAFTED[name])
 
 
 def test_all_that_comes_is_put_where_it_belongs_after_a_part_was_asked_for(site: Site) -> None:
@@ -385,7 +303,7 @@ def test_all_that_comes_is_put_where_it_belongs_after_a_part_was_asked_for(site:
     site.add_guest("web", _TWO_FOLDERS)
     sums = [*_honest_sums(), (b"var", bytes(16), 1)]
     lease.ignore_break_signals()
-    with _server() as dialogue:
+    with serving() as dialogue:
         dialogue.send(m.Request("receive", "web", "web", refresh=True))
         machine = os.uname().machine
         dialogue.send(m.Source("web", machine, False, False, m.Identity(), 9, 1 << 60, []))
@@ -398,13 +316,13 @@ def test_all_that_comes_is_put_where_it_belongs_after_a_part_was_asked_for(site:
         file.touch()
         with file.open("r+b") as holder:
             fcntl.fcntl(holder, fcntl.F_SETLEASE, fcntl.F_WRLCK)
-            tree = _Tree(dialogue)
-            tree.send(_ROOT)
+            tree = Tree(dialogue)
+            tree.send(ROOT)
             assert not tree.end().same
             dialogue.send(m.Sum(bytes(32), 5, 198))
             assert dialogue.expect(m.Same) == m.Same(same=False, compares=False)
-        tree = _Tree(dialogue)
-        tree.send(_ROOT, (b"new", [Row(b"", _DIR), _row(b"f", b"new")]), contents=(b"new",))
+        tree = Tree(dialogue)
+        tree.send(ROOT, (b"new", [Row(b"", DIR), row(b"f", b"new")]), contents=(b"new",))
         assert tree.end().errors == []
     found = snapshot(site.root("web"))
     assert sorted(found) == [b"", b"new", b"new/f"]
@@ -413,19 +331,19 @@ def test_all_that_comes_is_put_where_it_belongs_after_a_part_was_asked_for(site:
 @pytest.mark.parametrize("path", [b"..", b"/etc", b"none", b"etc/f", b"et", b"var/../etc"])
 def test_wishes_for_folders_that_cannot_be_end_the_copy(site: Site, path: bytes) -> None:
     site.add_guest("web", [File("etc/f", b"x" * 99)])
-    with _server() as dialogue:
+    with serving() as dialogue:
         _fetch_folders(dialogue)
         dialogue.send(m.Below(path))
-        with _refused("a folder that is not there"):
+        with refused("a folder that is not there"):
             dialogue.expect(m.Batch)
 
 
 def test_a_wish_to_compare_a_first_copy_ends_it(site: Site) -> None:
     site.add_guest("web", [File("etc/f", b"x" * 99)])
-    with _server() as dialogue:
+    with serving() as dialogue:
         _fetch(dialogue, "web")
         dialogue.send(m.Same(same=False, compares=True))
-        with _refused():
+        with refused():
             dialogue.expect(m.Folders)
 
 
@@ -442,7 +360,7 @@ def _fetch(dialogue: m.Dialogue, name: str) -> tuple[m.Source, m.Batch]:
 @pytest.mark.parametrize("name", ["../up", "/etc", "", "none", ".defaults"])
 def test_a_receiver_gets_configured_guests_alone(site: Site, name: str) -> None:
     site.add_guest("web", [File("f", b"x" * 99)])
-    with _server() as dialogue, _refused():
+    with serving() as dialogue, refused():
         _fetch(dialogue, name)
 
 
@@ -462,9 +380,9 @@ def test_a_receiver_gets_configured_guests_alone(site: Site, name: str) -> None:
 )
 def test_wishes_that_cannot_be_end_the_copy(site: Site, answers: list[Any]) -> None:
     site.add_guest("web", [Folder(""), File("f", os.urandom(2 << 20))])
-    with _server() as dialogue:
+    with serving() as dialogue:
         _fetch(dialogue, "web")
-        with _refused():
+        with refused():
             _answer_all(dialogue, answers)
 
 
@@ -484,9 +402,9 @@ def _answer_all(dialogue: m.Dialogue, answers: list[Any]) -> None:
 def test_frames_of_anything_never_bring_a_side_down(
     site: Site, frames: list[tuple[int, bytes]]
 ) -> None:
-    """`_server` sees to it that the program ends by itself and without a traceback."""
-    with _server() as dialogue:
-        _offer(dialogue)
+    """`serving` sees to it that the program ends by itself and without a traceback."""
+    with serving() as dialogue:
+        offer(dialogue)
         with suppress(ToolError):
             for kind, body in frames:
                 dialogue.channel.send(kind, body)

@@ -10,7 +10,8 @@
             └── group-<row>      a name of an inode that more names are to follow of
 
 What a program leaves that was killed or cut off is found by the next copy to the same target:
-contents that had arrived are used after they were read again, and the rest is removed at the end.
+contents that had arrived are used after they were read again, also those of the old tree's files
+that were to become objects, and the rest is removed at the end.
 """
 
 import errno
@@ -18,6 +19,7 @@ import fcntl
 import os
 import re
 import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -25,8 +27,10 @@ from pathlib import Path
 from typing import Final
 
 from vstore import extents, inode
+from vstore.copy.messages import SMALL
 from vstore.digest import digest_content
 from vstore.errors import NoSpace, ToolError
+from vstore.folders import Folder, Missed, walk_folders
 from vstore.remove import Tree
 
 MARK: Final = ".copy-"
@@ -76,10 +80,7 @@ class Area:
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
         fd = os.open(digest.hex(), flags, mode, dir_fd=self.arrived_fd)
         try:
-            done = 0
-            while done < len(content):
-                done += os.write(fd, content[done:])
-            os.utime(fd, ns=(mtime_ns, mtime_ns))
+            fill(fd, content, mtime_ns)
         finally:
             os.close(fd)
 
@@ -107,6 +108,34 @@ class Area:
             os.close(fd)
         return True
 
+    def take_over_small(self) -> None:
+        """Let the small files of earlier trees that have no other name be contents that arrived."""
+        for old in self.leftovers:
+            with suppress(OSError):
+                tree_fd = os.open("tree", inode.OPEN_FOLDER, dir_fd=old.fd)
+                try:
+                    for folder in walk_folders(tree_fd, Missed()):
+                        self._take_over_folder(folder)
+                finally:
+                    os.close(tree_fd)
+
+    def _take_over_folder(self, folder: Folder) -> None:
+        for entry in folder.entries:
+            with suppress(OSError):
+                status = entry.stat(follow_symlinks=False)
+                is_alone = stat.S_ISREG(status.st_mode) and status.st_nlink == 1
+                if is_alone and 0 < status.st_size <= SMALL:
+                    self._take_over_file(folder.fd, os.fsencode(entry.name))
+
+    def _take_over_file(self, folder_fd: int, name: bytes) -> None:
+        fd = os.open(name, inode.OPEN_TO_READ, dir_fd=folder_fd)
+        try:
+            if not inode.get_flags(fd) & (inode.FS_IMMUTABLE_FL | inode.CHOSEN_FLAGS):
+                digest = digest_content(fd, os.fstat(fd))
+                os.rename(name, digest.hex(), src_dir_fd=folder_fd, dst_dir_fd=self.arrived_fd)
+        finally:
+            os.close(fd)
+
     def _copy_over(self, source_fd: int, digest: bytes) -> bool:
         fd = self.open_part(0)
         try:
@@ -127,6 +156,14 @@ class Area:
             os.close(fd)
 
 
+def fill(fd: int, content: bytes, mtime_ns: int) -> None:
+    """Write the new file behind `fd`. Raises OSError."""
+    done = 0
+    while done < len(content):
+        done += os.write(fd, content[done:])
+    os.utime(fd, ns=(mtime_ns, mtime_ns))
+
+
 @contextmanager
 def open_area(parent: Path, target: str) -> Iterator[Area]:
     """A new area beside the target. It stays: whoever is done with it removes it.
@@ -144,6 +181,7 @@ def open_area(parent: Path, target: str) -> Iterator[Area]:
             kind = NoSpace if error.errno in (errno.ENOSPC, errno.EDQUOT) else ToolError
             raise kind(f"{parent}: cannot make a folder for the copy: {error.strerror}") from error
         area.leftovers = leftovers
+        area.take_over_small()
         yield area
 
 

@@ -19,6 +19,7 @@ from vstore.copy.manifest import Row, can_be_object, digest_of_xattrs
 from vstore.copy.messages import Base, Dialogue
 from vstore.copy.proof import prove
 from vstore.copy.shelf import Shelf
+from vstore.copy.staging import Spot
 from vstore.pool import Pool
 from vstore.scan import open_below
 
@@ -37,7 +38,7 @@ class Wish(NamedTuple):
     its inode follow.
     """
 
-    spot: placer.Spot
+    spot: Spot
     row: Row
     may_share: bool
     is_group: bool
@@ -165,7 +166,7 @@ class Chooser:
                 return self.step(wish, ("base", (path, name)), pinned)
         return None
 
-    def offer_blocks(self, spot: placer.Spot) -> None:
+    def offer_blocks(self, spot: Spot) -> None:
         """Say which blocks the target's version of a large file has."""
         most = (_OFFERED_AT_MOST - self._offered_bytes) // _SHARE
         with suppress(OSError):

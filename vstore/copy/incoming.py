@@ -6,10 +6,12 @@ from typing import Final
 from blake3 import blake3
 
 from vstore import extents
+from vstore.copy import placer
 from vstore.copy.area import Area
 from vstore.copy.choice import Chooser
 from vstore.copy.manifest import Row
 from vstore.copy.messages import Hostile, Piece
+from vstore.copy.staging import Staging
 from vstore.digest import digest_content
 
 _BUFFER: Final = 1 << 20
@@ -21,8 +23,9 @@ _THREADS: Final = min(4, os.cpu_count() or 1)
 class Incoming:
     """Writes contents to the area."""
 
-    def __init__(self, area: Area, chooser: Chooser) -> None:
+    def __init__(self, area: Area, staging: Staging, chooser: Chooser) -> None:
         self._area = area
+        self._staging = staging
         self._chooser = chooser
         self._part: tuple[int, int] | None = None  # row, descriptor of what is arriving
         self._follower: Follower | None = None
@@ -35,12 +38,18 @@ class Incoming:
             self._follower.close()
             self._follower = None
 
-    def keep(self, row: Row, content: bytes) -> bool:
-        """Keep a whole content; False where it is not the row's. Raises OSError."""
-        if len(content) != row.size or blake3(content).digest() != row.digest:
-            return False
-        self._area.keep_content(content, row.digest, row.mode & 0o777, row.mtime_ns)
-        return True
+    def keep(self, step: placer.Step, row: Row, content: bytes) -> placer.Step:
+        """Keep the content of a row, which was held against its digest: what is to be an object in
+        its place in the tree, all other among what arrived. Gives what is to be done now instead of
+        `step`. Raises OSError.
+        """
+        mode = row.mode & 0o777
+        if step[0] == placer.NEW:
+            _, spot, _, name, meta = step
+            if self._staging.put(spot, content, mode, row.mtime_ns):
+                return (placer.ENTER, spot, name, meta)
+        self._area.keep_content(content, row.digest, mode, row.mtime_ns)
+        return step
 
     def take(self, piece: Piece, path: bytes, row: Row) -> bool | None:
         """Keep a piece; after the last one, whether the file is the row's. Raises OSError."""

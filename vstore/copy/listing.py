@@ -21,6 +21,7 @@ from vstore import index, inode, lease
 from vstore.copy import blocks
 from vstore.copy.known import Contents, Digests, Key
 from vstore.copy.manifest import Row, can_be_object, digest_of_xattrs
+from vstore.copy.messages import SMALL
 from vstore.copy.outline import Outline
 from vstore.copy.packing import Listed, Packer
 from vstore.copy.shelf import Inodes
@@ -31,8 +32,6 @@ from vstore.pool import Identity, Pool
 from vstore.scan import open_below
 
 _MIN_SIZE: Final = 16  # bytes, as vunify
-SMALL: Final = 512 << 10
-"""Files (bytes) that are read, and sent, in one piece."""
 _BLOCKS_AT_MOST: Final = 16 << 20  # bytes of digests of blocks
 _UNREADABLE: Final = "cannot be read"
 _VANISHED: Final = frozenset((errno.ENOENT, errno.ENOTDIR, errno.ELOOP))

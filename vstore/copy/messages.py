@@ -29,6 +29,8 @@ from vstore.copy.wire import Channel, ConnectionLost
 from vstore.errors import FormatUnknown, ToolError
 
 PROTOCOL: Final = 2
+SMALL: Final = 512 << 10
+"""Files (bytes) that are read, and sent, in one piece."""
 ROWS_A_BATCH: Final = 500
 BATCHES_AHEAD: Final = 64
 """So many batches may be announced whose contents have not been served."""

@@ -14,16 +14,14 @@ from typing import Any, Final
 
 from vstore import extents, inode, syscalls
 from vstore.copy.area import Area
-from vstore.errors import NoSpace
-from vstore.folders import join
+from vstore.copy.staging import Spot, explain
+from vstore.folders import LastFolder, join
 from vstore.pool import Pool, find_metadata, load_metadata
 from vstore.scan import open_below
 from vstore.window import Windows
 
 Meta = tuple[int, int, int, int, list[tuple[bytes, bytes]]]
 """Mode, uid, gid, mtime (ns) and xattrs."""
-Spot = tuple[int, bytes, bytes]
-"""A row's number, its folder's path and its name."""
 Origin = tuple[str, Any]
 """Where a content is: ("arrived", digest in hex), ("object", name) or ("base", (path, name))."""
 Step = tuple[Any, ...]
@@ -33,20 +31,19 @@ Answer = tuple[int, list[tuple[bytes, str]], bool]
 job is done."""
 
 _New = tuple[int, Spot, str, str, Meta]
-"""What is to be an object: its descriptor, spot, name in `arrived`, path below `objects`, and what
-it is to be like.
+"""What is to be an object: its descriptor, spot, name in `arrived` ("" where it stands at its spot
+already), path below `objects`, and what it is to be like.
 """
 _Twin = tuple[Spot, Origin, str, Meta]
 """What is to be an object with a content that another file has: its spot, where the content is, the
 object's name, and what it is to be like.
 """
 
-DIR, SYMLINK, NODE, EMPTY, LINK, NEW, OWN, NAME, RELINK, FINISH = range(10)
+SYMLINK, NODE, EMPTY, LINK, NEW, ENTER, OWN, NAME, RELINK, FINISH = range(10)
 
 _OBJECTS_A_WINDOW: Final = 120
 _PROC_FDS: Final = "/proc/self/fd"
 _NEW_FILE: Final = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-_NO_ROOM: Final = frozenset((errno.ENOSPC, errno.EDQUOT))
 _GONE: Final = "its object left the pool meanwhile; run the command again"
 
 
@@ -60,7 +57,7 @@ class Placer:
         self._area = area
         self._base_fd = base_fd
         self._proc_fd = os.open(_PROC_FDS, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        self._folder: tuple[bytes, int] = (b"", -1)
+        self._folder = LastFolder(area.tree_fd)
         self._links: list[tuple[Spot, str]] = []
         self._news: list[_New] = []
         self._twins: list[_Twin] = []
@@ -68,12 +65,12 @@ class Placer:
         self._linked = 0
         self._windows_opened = False
         self._make: dict[int, Callable[..., None]] = {
-            DIR: self._make_folder,
             SYMLINK: self._make_symlink,
             NODE: self._make_node,
             EMPTY: self._make_empty,
             LINK: self._note_link,
             NEW: self._note_new,
+            ENTER: self._note_staged,
             OWN: self._make_own,
             NAME: self._make_name,
             RELINK: self._relink,
@@ -82,7 +79,7 @@ class Placer:
 
     def serve(self, job: list[Step]) -> Iterator[Answer]:
         """Carry the steps out, in their order. Our parent holds the pool."""
-        if any(step[0] == NEW and step[2][0] == "arrived" for step in job):
+        if any(step[0] == ENTER or (step[0] == NEW and step[2][0] == "arrived") for step in job):
             syscalls.syncfs(self._area.fd)
         for kind, spot, *what in job:
             try:
@@ -93,7 +90,7 @@ class Placer:
                 yield self._answer(is_done=False)
         for _ in self._flush():
             yield self._answer(is_done=False)
-        self._close_folder()
+        self._folder.close()
         yield self._answer(is_done=True)
 
     def _answer(self, *, is_done: bool) -> Answer:
@@ -102,58 +99,28 @@ class Placer:
         return answer
 
     def _note(self, spot: Spot, error: OSError) -> None:
-        if error.errno in _NO_ROOM:
-            raise NoSpace(
-                f"{self._area.path}: no room for {os.fsdecode(spot[1])}/{os.fsdecode(spot[2])}: "
-                f"{error.strerror}",
-                hint="free some space and run the command again: what arrived is kept",
-            ) from error
-        reason = error.strerror or f"{error}"
-        if error.errno == errno.EEXIST:
-            reason = "the manifest has it twice"
-        self._errors.append((join(spot[1], spot[2]), f"cannot be made: {reason}"))
-
-    def _open_folder(self, path: bytes) -> int:
-        if self._folder[1] < 0 or self._folder[0] != path:
-            self._close_folder()
-            self._folder = (path, open_below(self._area.tree_fd, path))
-        return self._folder[1]
-
-    def _close_folder(self) -> None:
-        if self._folder[1] >= 0:
-            os.close(self._folder[1])
-        self._folder = (b"", -1)
-
-    # --- folders
-
-    def _make_folder(self, spot: Spot) -> None:
-        path = spot[1]
-        if path:
-            above, _, name = path.rpartition(b"/")
-            os.mkdir(name, 0o700, dir_fd=self._open_folder(above))
-        fd = self._open_folder(path)
-        inode.remove_acls(fd)  # a default one above would reach all that is made in here
+        self._errors.append((join(spot[1], spot[2]), explain(self._area, spot, error)))
 
     def _finish_folder(self, spot: Spot, meta: Meta) -> None:
-        _dress(self._open_folder(spot[1]), meta)
+        _dress(self._folder.open(spot[1]), meta)
 
     # --- entries without content
 
     def _make_symlink(self, spot: Spot, text: bytes, meta: Meta, is_group: bool) -> None:
-        os.symlink(text, spot[2], dir_fd=self._open_folder(spot[1]))
+        os.symlink(text, spot[2], dir_fd=self._folder.open(spot[1]))
         self._dress_place(spot, meta)
         self._begin_group(spot, is_group)
 
     def _make_node(self, spot: Spot, rdev: int, meta: Meta, is_group: bool) -> None:
         kind = stat.S_IFMT(meta[0]) | 0o600
-        os.mknod(spot[2], kind, rdev, dir_fd=self._open_folder(spot[1]))
+        os.mknod(spot[2], kind, rdev, dir_fd=self._folder.open(spot[1]))
         self._dress_place(spot, meta)
         self._begin_group(spot, is_group)
 
     def _dress_place(self, spot: Spot, meta: Meta) -> None:
         """Owner, mode, xattrs and times of what cannot be opened; we have just made it."""
         mode, uid, gid, mtime_ns, xattrs = meta
-        place = b"%s/%d/%s" % (_PROC_FDS.encode(), self._open_folder(spot[1]), spot[2])
+        place = b"%s/%d/%s" % (_PROC_FDS.encode(), self._folder.open(spot[1]), spot[2])
         os.chown(place, uid, gid, follow_symlinks=False)
         if not stat.S_ISLNK(mode):
             os.chmod(place, stat.S_IMODE(mode))  # noqa: PTH101 - by descriptor
@@ -162,7 +129,7 @@ class Placer:
         os.utime(place, ns=(mtime_ns, mtime_ns), follow_symlinks=False)
 
     def _make_empty(self, spot: Spot, meta: Meta, is_group: bool) -> None:
-        fd = os.open(spot[2], _NEW_FILE, 0o600, dir_fd=self._open_folder(spot[1]))
+        fd = os.open(spot[2], _NEW_FILE, 0o600, dir_fd=self._folder.open(spot[1]))
         try:
             _dress(fd, meta)
         finally:
@@ -180,7 +147,7 @@ class Placer:
             return
         source_fd = self._open_origin(origin)
         try:
-            self._copy(source_fd, self._open_folder(spot[1]), spot[2], meta)
+            self._copy(source_fd, self._folder.open(spot[1]), spot[2], meta)
         finally:
             os.close(source_fd)
         self._begin_group(spot, is_group)
@@ -195,7 +162,7 @@ class Placer:
         try:
             if os.fstat(fd).st_nlink > 1:
                 return False
-            folder_fd = self._open_folder(spot[1])
+            folder_fd = self._folder.open(spot[1])
             os.link(
                 name,
                 spot[2],
@@ -250,7 +217,7 @@ class Placer:
                 name,
                 name,
                 src_dir_fd=base_fd,
-                dst_dir_fd=self._open_folder(path),
+                dst_dir_fd=self._folder.open(path),
                 follow_symlinks=False,
             )
         finally:
@@ -263,13 +230,13 @@ class Placer:
             os.link(
                 spot[2],
                 f"group-{spot[0]}",
-                src_dir_fd=self._open_folder(spot[1]),
+                src_dir_fd=self._folder.open(spot[1]),
                 dst_dir_fd=self._area.arrived_fd,
                 follow_symlinks=False,
             )
 
     def _make_name(self, spot: Spot, first: int, mode: int) -> None:
-        folder_fd = self._open_folder(spot[1])
+        folder_fd = self._folder.open(spot[1])
         group = f"group-{first}"
         fd = self._area.arrived_fd
         try:
@@ -291,7 +258,15 @@ class Placer:
         if fd < 0:
             self._twins.append((spot, origin, name, meta))
             return
-        self._news.append((fd, spot, origin[1], f"{name[:2]}/{name}", meta))
+        self._note_opened(fd, spot, origin[1], name, meta)
+
+    def _note_staged(self, spot: Spot, name: str, meta: Meta) -> None:
+        """Make the file that stands there an object, as `_note_new`."""
+        fd = os.open(spot[2], inode.OPEN_TO_READ, dir_fd=self._folder.open(spot[1]))
+        self._note_opened(fd, spot, "", name, meta)
+
+    def _note_opened(self, fd: int, spot: Spot, spare: str, name: str, meta: Meta) -> None:
+        self._news.append((fd, spot, spare, f"{name[:2]}/{name}", meta))
         if len(self._news) >= _OBJECTS_A_WINDOW:
             self._enter_news()
 
@@ -331,9 +306,7 @@ class Placer:
             except OSError as error:
                 self._note(spot, error)
                 continue
-            self._news.append((fd, spot, spare, f"{name[:2]}/{name}", meta))
-            if len(self._news) >= _OBJECTS_A_WINDOW:
-                self._enter_news()
+            self._note_opened(fd, spot, spare, name, meta)
         self._enter_news()
 
     def _copy_twins(self, twins: Sequence[_Twin]) -> list[tuple[Spot, str, str, Meta]]:
@@ -380,25 +353,51 @@ class Placer:
                         taken.append((spot, path[3:]))
                 except OSError as error:
                     self._note(spot, error)
+                    if not spare:
+                        self._drop(spot, spare)
         return taken
 
     def _enter_one(self, fd: int, spot: Spot, spare: str, path: str) -> bool:
         try:
-            syscalls.renameat2(
-                self._area.arrived_fd,
-                os.fsencode(spare),
-                self._pool.objects_fd,
-                os.fsencode(path),
-                flags=syscalls.RENAME_NOREPLACE,
-            )
+            if spare:
+                self._name_spare(spare, path)
+            else:
+                self._name_staged(spot, path)
         except FileExistsError:
-            os.unlink(spare, dir_fd=self._area.arrived_fd)
+            self._drop(spot, spare)
             return False
         try:
-            self._link_one(spot, path)
+            if spare:
+                self._link_one(spot, path)
+            else:
+                self._linked += 1
         finally:
             self._windows.freeze(fd)
         return True
+
+    def _name_spare(self, spare: str, path: str) -> None:
+        syscalls.renameat2(
+            self._area.arrived_fd,
+            os.fsencode(spare),
+            self._pool.objects_fd,
+            os.fsencode(path),
+            flags=syscalls.RENAME_NOREPLACE,
+        )
+
+    def _name_staged(self, spot: Spot, path: str) -> None:
+        os.link(
+            spot[2],
+            path,
+            src_dir_fd=self._folder.open(spot[1]),
+            dst_dir_fd=self._pool.objects_fd,
+            follow_symlinks=False,
+        )
+
+    def _drop(self, spot: Spot, spare: str) -> None:
+        if spare:
+            os.unlink(spare, dir_fd=self._area.arrived_fd)
+        else:
+            os.unlink(spot[2], dir_fd=self._folder.open(spot[1]))
 
     def _link_all(self, links: Sequence[tuple[Spot, str]]) -> None:
         """Make links to objects in one window for each of them."""
@@ -432,14 +431,14 @@ class Placer:
         status = os.fstat(fd)
         xattrs = sorted(inode.load_xattrs(fd).items())
         meta = (status.st_mode, status.st_uid, status.st_gid, status.st_mtime_ns, xattrs)
-        self._copy(fd, self._open_folder(spot[1]), spot[2], meta)
+        self._copy(fd, self._folder.open(spot[1]), spot[2], meta)
 
     def _link_one(self, spot: Spot, path: str) -> None:
         os.link(
             path,
             spot[2],
             src_dir_fd=self._pool.objects_fd,
-            dst_dir_fd=self._open_folder(spot[1]),
+            dst_dir_fd=self._folder.open(spot[1]),
             follow_symlinks=False,
         )
         self._linked += 1

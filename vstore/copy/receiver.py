@@ -10,7 +10,6 @@ import logging
 import os
 import secrets
 import stat
-import time
 from collections.abc import Iterator
 from typing import Final
 
@@ -23,6 +22,7 @@ from vstore.copy.batches import OpenBatch, Tally
 from vstore.copy.choice import Chooser, meta_of
 from vstore.copy.dressing import Undressed
 from vstore.copy.incoming import Incoming
+from vstore.copy.jobs import Job, Jobs
 from vstore.copy.listing import Listing
 from vstore.copy.manifest import Row, unpack_parts
 from vstore.copy.messages import (
@@ -43,6 +43,7 @@ from vstore.copy.messages import (
 from vstore.copy.pins import Pins
 from vstore.copy.policy import Policy
 from vstore.copy.sharing import Sharing
+from vstore.copy.staging import Spot, Staging, explain
 from vstore.errors import NoSpace
 from vstore.folders import join
 from vstore.pool import Pool
@@ -51,18 +52,9 @@ from vstore.undo import guarded_worker
 
 log = logging.getLogger(__name__)
 
-_STEPS_A_JOB: Final = 1000
-_BYTES_A_JOB: Final = 48 << 20
-_STEPS_AT_MOST: Final = 8000  # that wait for the worker
-_JOBS_AHEAD: Final = 2  # given to the worker: one in work, one waiting
-_POLL_S: Final = 0.002
 _FOLDERS_A_JOB: Final = 500
 _MARGIN: Final = 16 << 20  # bytes that stay free
 _OTHER_CONTENT: Final = "what arrived is not what the manifest says: its digest is another one"
-
-
-_Job = tuple[list[placer.Step], list[str]]
-"""What the worker has to do, and the pins that are needed until it is done."""
 
 
 class Receiver:
@@ -97,12 +89,12 @@ class Receiver:
         self._digest = blake3()
         self._next_row = 0
         self._next_batch = 0
-        self._ready: list[placer.Step] = []
-        self._ready_bytes = 0
-        self._ready_pins: list[str] = []
-        self._incoming = None if area is None else Incoming(area, self._chooser)
+        self._jobs = Jobs(dialogue.channel)
+        self._staging = None if area is None else Staging(area)
+        self._incoming: Incoming | None = None
+        if area is not None and self._staging is not None:
+            self._incoming = Incoming(area, self._staging, self._chooser)
         self._pins: Pins | None = None
-        self._given = 0  # jobs that the worker has not done
         self._sharing = Sharing(pool)
         self._folders = Undressed()
         self.tally = tally
@@ -114,6 +106,8 @@ class Receiver:
         self._folders.close()
         if self._incoming is not None:
             self._incoming.close()
+        if self._staging is not None:
+            self._staging.close()
 
     # --- the run
 
@@ -123,7 +117,7 @@ class Receiver:
         Raises ConnectionLost, Hostile, NoSpace, what the sender raised.
         """
         if self._area is None or self._pool is None:
-            for _ in self._jobs():
+            for _ in self._find_jobs():
                 pass
         else:
             self._receive_into(self._area, self._pool)
@@ -138,15 +132,8 @@ class Receiver:
 
         Nobody waits for the lock while the worker waits for us: its leases go through our hands.
         """
-        yield from self._await_worker(0)
+        yield from self._jobs.await_worker(0)
         self._sharing.let_go()
-
-    def _await_worker(self, most: int) -> Iterator[None]:
-        """Wait until the worker has `most` jobs; what comes in meanwhile is not looked at."""
-        while self._given > most:
-            yield None
-            if self._given > most and self._dialogue.channel.has_frames:
-                time.sleep(_POLL_S)
 
     def _receive_into(self, area: Area, pool: Pool) -> None:
         with pool.stage(1) as (pin_fd,):
@@ -160,8 +147,8 @@ class Receiver:
                     crew = worker.__enter__()
                 try:
                     answers = crew.map(
-                        self._count_given(self._jobs()),
-                        ahead=_JOBS_AHEAD + 1,
+                        self._jobs.count_given(self._find_jobs()),
+                        ahead=Jobs.ahead,
                         wake_fd=self._dialogue.channel.inbox_fd,
                     )
                     for pins, answer in answers:
@@ -180,20 +167,16 @@ class Receiver:
         for path, reason in errors:
             self.tally.note_error(path, reason)
         self.tally.made -= len(errors)
-        self._given -= is_done
         if self._pins is not None and is_done:
+            self._jobs.note_done()
             self._pins.drop(pins)
 
-    def _jobs(self) -> Iterator[_Job | None]:
-        """What the worker has to do, as it comes; None where there is nothing for it now.
-
-        It gets all that is ready once it has nothing else to do. While it works, and waits for the
-        disk, more is taken in here.
-        """
+    def _find_jobs(self) -> Iterator[Job | None]:
+        """What the worker has to do, as it comes; None where there is nothing for it now."""
         while self.end is None:
             message = self._dialogue.poll()
-            if message is None and (self._given or self._ready):
-                yield self._take_job(is_waiting=True)
+            if message is None and not self._jobs.is_idle:
+                yield self._jobs.take(is_waiting=True)
                 continue
             if message is None or self._sharing.is_over():
                 yield from self._let_go()
@@ -206,26 +189,12 @@ class Receiver:
                 self._close_batch(message.batch)
             else:
                 self._take_other(message)
-            if len(self._ready) > _STEPS_AT_MOST:
-                yield from self._await_worker(_JOBS_AHEAD - 1)
-            job = self._take_job(is_waiting=False)
-            if job is not None or self._given:
+            yield from self._jobs.await_room()
+            job = self._jobs.take(is_waiting=False)
+            if job is not None or self._jobs.is_working:
                 yield job
         yield from self._finish_jobs()
         yield from self._let_go()
-
-    def _take_job(self, *, is_waiting: bool) -> _Job | None:
-        """What is ready, if it is to be given to the worker now."""
-        is_enough = len(self._ready) >= _STEPS_A_JOB or self._ready_bytes >= _BYTES_A_JOB
-        is_due = is_enough or (is_waiting and not self._given)
-        if not self._ready or not is_due or self._given >= _JOBS_AHEAD:
-            return None
-        return self._take_ready()
-
-    def _count_given(self, jobs: Iterator[_Job | None]) -> Iterator[_Job | None]:
-        for job in jobs:
-            self._given += job is not None
-            yield job
 
     def _take_other(self, message: msgspec.Struct) -> None:
         if isinstance(message, Contents):
@@ -241,15 +210,10 @@ class Receiver:
         else:
             raise Hostile(f"{type(message).__name__} while a guest is received")
 
-    def _take_ready(self) -> _Job:
-        job = self._ready, self._ready_pins
-        self._ready, self._ready_bytes, self._ready_pins = [], 0, []
-        return job
-
-    def _finish_jobs(self) -> Iterator[_Job]:
+    def _finish_jobs(self) -> Iterator[Job]:
         if self._area is None:
             return
-        yield self._take_ready()
+        yield self._jobs.take_all()
         steps: list[placer.Step] = []
         for path, meta in self._folders.take():
             steps.append((placer.FINISH, (0, path, b""), meta))
@@ -293,13 +257,12 @@ class Receiver:
         steps = self._decide_all(batch)
         self._send_want(batch)
         if self._area is not None:
-            self._ready += steps
+            self._jobs.put(steps)
             if not batch.proven:
                 self._pass_pins(batch)
 
     def _pass_pins(self, batch: OpenBatch) -> None:
-        """The batch's pins last until what is ready now has been done."""
-        self._ready_pins += batch.pins
+        self._jobs.put_pins(batch.pins)
         batch.pins = []
 
     def _decide_all(self, batch: OpenBatch) -> list[placer.Step]:
@@ -330,9 +293,8 @@ class Receiver:
         is_group = place in batch.groups
         self.tally.made += 1
         if stat.S_ISDIR(row.mode):
-            if self._area is not None:
-                self._folders.put(path, meta)
-            return (placer.DIR, spot)
+            self._make_folder(spot, meta)
+            return None
         if row.link:
             self.tally.files += stat.S_ISREG(row.mode)
             batch.later.append(place)
@@ -347,8 +309,20 @@ class Receiver:
             return (placer.EMPTY, spot, meta, is_group)
         return self._decide_file(batch, place, row, pinned)
 
+    def _make_folder(self, spot: Spot, meta: placer.Meta) -> None:
+        """At once: files that arrive are put into it."""
+        if self._area is None or self._staging is None:
+            return
+        try:
+            self._staging.make_folder(spot[1])
+        except OSError as error:
+            self.tally.note_error(spot[1], explain(self._area, spot, error))
+            self.tally.made -= 1
+        else:
+            self._folders.put(spot[1], meta)
+
     def _decide_node(
-        self, spot: placer.Spot, row: Row, meta: placer.Meta, is_group: bool
+        self, spot: Spot, row: Row, meta: placer.Meta, is_group: bool
     ) -> placer.Step | None:
         if not stat.S_ISFIFO(row.mode) and not self._policy.allows_device(row.mode, row.rdev):
             self.tally.made -= 1
@@ -406,29 +380,35 @@ class Receiver:
         for number, content in message.files:
             batch, place = self._row(number)
             batch.wanted.discard(place)
-            self._note_arrival(
-                batch, place, is_good=self._its_incoming.keep(batch.rows[place][1], content)
-            )
+            row = batch.rows[place][1]
+            if len(content) == row.size and blake3(content).digest() == row.digest:
+                self._note_arrival(batch, place, content)
+            else:
+                self._fail_row(batch, place, _OTHER_CONTENT)
 
     def _take_piece(self, message: Piece) -> None:
         batch, place = self._row(message.row)
         is_good = self._its_incoming.take(message, *batch.rows[place])
-        if is_good is not None:
-            batch.wanted.discard(place)
-            self._note_arrival(batch, place, is_good=is_good)
-
-    def _note_arrival(self, batch: OpenBatch, place: int, *, is_good: bool) -> None:
-        path, row = batch.rows[place]
-        if not is_good:
-            self._fail_row(path, row, _OTHER_CONTENT)
+        if is_good is None:
             return
+        batch.wanted.discard(place)
+        if is_good:
+            self._note_arrival(batch, place, None)
+        else:
+            self._fail_row(batch, place, _OTHER_CONTENT)
+
+    def _note_arrival(self, batch: OpenBatch, place: int, content: bytes | None) -> None:
+        """Let the file be made; `content` is not kept anywhere yet, unless it came in pieces."""
+        row = batch.rows[place][1]
         pinned: list[int] = []
-        origin = ("arrived", row.digest.hex())
-        self._ready.append(self._chooser.step(batch.wish(place), origin, pinned))
-        self._ready_bytes += row.size
+        step = self._chooser.step(batch.wish(place), ("arrived", row.digest.hex()), pinned)
+        if content is not None:
+            step = self._its_incoming.keep(step, row, content)
+        self._jobs.put([step], size=row.size)
         self._pin(batch, pinned)
 
-    def _fail_row(self, path: bytes, row: Row, reason: str) -> None:
+    def _fail_row(self, batch: OpenBatch, place: int, reason: str) -> None:
+        path, row = batch.rows[place]
         self.tally.note_error(join(path, row.name), reason)
         self.tally.made -= 1
         self._chooser.forget(row.digest)
@@ -466,7 +446,7 @@ class Receiver:
             pinned: list[int] = []
             for place in sorted(batch.later):
                 step = self._decide_later(batch, place, pinned)
-                self._ready += [step] if step is not None else []
+                self._jobs.put([step] if step is not None else [])
             self._pin(batch, pinned)
             self._pass_pins(batch)
         self._progress.note(self.tally.files, self.tally.size - self.tally.lacking)
@@ -483,7 +463,7 @@ class Receiver:
         if self._chooser.has_arrived(row):
             return self._chooser.step(batch.wish(place), ("arrived", row.digest.hex()), pinned)
         reason = "its content was to come with another file, which changed meanwhile"
-        self._fail_row(path, row, reason)
+        self._fail_row(batch, place, reason)
         return None
 
     @property

@@ -20,10 +20,11 @@ from blake3 import blake3
 from vstore import extents, inode
 from vstore.copy import blocks
 from vstore.copy.known import Key
-from vstore.copy.listing import SMALL, Listing
+from vstore.copy.listing import Listing
 from vstore.copy.manifest import Row
 from vstore.copy.messages import (
     BATCHES_AHEAD,
+    SMALL,
     Base,
     Batch,
     Below,
@@ -45,9 +46,8 @@ from vstore.copy.messages import (
 from vstore.copy.packing import Listed, Packer, Spool
 from vstore.copy.proof import prove
 from vstore.digest import digest_content
-from vstore.folders import join
+from vstore.folders import LastFolder, join
 from vstore.progress import Progress
-from vstore.scan import open_below
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ class Sender:
         self._copies: dict[bytes, int] = {}  # path -> descriptor of a copy that stays as it is
         self._small: list[tuple[int, bytes]] = []
         self._small_bytes = 0
-        self._folder: tuple[bytes, int] = (b"", -1)
+        self._folder = LastFolder(root_fd)
         self._files = self._saved = 0  # bytes that need not be sent
         self.files_sent = 0
 
@@ -112,7 +112,7 @@ class Sender:
                     self._send_all(self._compare(spool) if answer.compares else spool.take())
             return self._dialogue.expect(Result)
         finally:
-            self._close_folder()
+            self._folder.close()
             for fd in self._copies.values():
                 os.close(fd)
 
@@ -333,16 +333,8 @@ class Sender:
             os.close(fd)
 
     def _open(self, path: bytes, name: bytes) -> int:
-        """A file of the guest; the folder stays open for the next one."""
-        if self._folder[1] < 0 or self._folder[0] != path:
-            self._close_folder()
-            self._folder = (path, open_below(self._root_fd, path))
-        return os.open(name, inode.OPEN_TO_READ, dir_fd=self._folder[1])
-
-    def _close_folder(self) -> None:
-        if self._folder[1] >= 0:
-            os.close(self._folder[1])
-        self._folder = (b"", -1)
+        """A file of the guest."""
+        return os.open(name, inode.OPEN_TO_READ, dir_fd=self._folder.open(path))
 
     # --- what changed meanwhile
 
@@ -352,7 +344,7 @@ class Sender:
             paths, self._changed = self._changed, []
             if not paths:
                 return
-            self._close_folder()
+            self._folder.close()
             time.sleep(_PAUSE_S * attempt)
             for path in paths:
                 for batch in self._listing.again(path):
