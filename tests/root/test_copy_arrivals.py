@@ -2,17 +2,21 @@
 
 import os
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 
-from tests.fixtures.dialogues import DIR, ROOT, Tree, offer, row, serving
+from tests.fixtures.dialogues import DIR, ROOT, Tree, offer, relay, row, serving
 from tests.fixtures.filesystems import Site
 from tests.fixtures.probes import need, on
 from tests.fixtures.runs import find_faults, inode_of, list_objects
 from tests.fixtures.sshd import PROGRAM
-from tests.fixtures.trees import File
+from tests.fixtures.trees import File, differences, snapshot
+from vstore.copy import messages as m
 from vstore.copy.manifest import Row
+from vstore.copy.messages import SMALL
 
 pytestmark = [need("immutable", "lease"), on("ext4", "xfs", "btrfs")]
 
@@ -85,3 +89,86 @@ def test_equal_files_of_one_guest_come_once_and_are_objects_of_their_own(
     assert [path.stat().st_nlink for path in found] == [1 + is_object] * 2
     assert len(list_objects(site.pool)) == 2 * is_object
     assert find_faults(site.pool) == []
+
+
+# --- a file with several names that changes between the list and its turn
+
+
+def _append(names: list[Path]) -> None:
+    with names[0].open("ab") as file:
+        file.write(b"more")
+
+
+def _replace(names: list[Path]) -> None:
+    other = names[0].with_name("other")
+    other.write_bytes(b"another file")
+    other.rename(names[0])
+
+
+def _unlink(names: list[Path]) -> None:
+    names[0].unlink()
+
+
+def _chmod(names: list[Path]) -> None:
+    names[0].chmod(0o600)
+
+
+def _leave_one(names: list[Path]) -> None:
+    for name in names[1:]:
+        name.unlink()
+
+
+def _copy_while(site: Site, change: Callable[[list[Path]], None], most: int) -> m.Result:
+    """Copy a guest, of which a file with three names is changed before it is sent, so often at
+    most.
+    """
+    names = [site.root("web") / name for name in ("a/first", "b/second", "b/third")]
+    site.add_guest("web", [File("a/first", os.urandom(SMALL + 99)), File("a/still", b"x" * 99)])
+    names[1].parent.mkdir()
+    for name in names[1:]:
+        os.link(names[0], name)
+    results: list[m.Result] = []
+    changes = 0
+
+    def see(message: msgspec.Struct) -> None:
+        nonlocal changes
+        if isinstance(message, m.Want) and any(message.wanted) and changes < most:
+            folders = {name.parent: name.parent.stat() for name in names}
+            change(names)
+            for folder, before in folders.items():  # these were listed, and are not listed again
+                os.utime(folder, ns=(before.st_atime_ns, before.st_mtime_ns))
+            changes += 1
+        if isinstance(message, m.Result):
+            results.append(message)
+
+    with serving() as source, serving() as target:
+        source.send(m.Request("send", "web", "new"))
+        target.send(m.Request("receive", "web", "new"))
+        relay(source, target, see)
+    assert changes == most
+    return results[0]
+
+
+@pytest.mark.parametrize("change", [_append, _replace, _unlink, _chmod, _leave_one])
+def test_all_names_of_a_file_that_changes_are_listed_again(
+    site: Site, change: Callable[[list[Path]], None]
+) -> None:
+    result = _copy_while(site, change, 1)
+    source, copy = (snapshot(site.root(name)) for name in ("web", "new"))
+    assert differences(source, copy) == []
+    assert (result.errors, result.torn) == ([], [])
+    files = [path for path in site.root("new").rglob("*") if path.is_file()]
+    assert result.files == len(files)
+    assert result.bytes_total == sum(
+        {inode_of(path): path.stat().st_size for path in files}.values()
+    )
+    assert find_faults(site.pool) == []
+
+
+def test_a_file_that_goes_on_changing_keeps_its_names(site: Site) -> None:
+    result = _copy_while(site, _append, 4)
+    names = [site.root("new") / name for name in ("a/first", "b/second", "b/third")]
+    assert len({inode_of(path) for path in names}) == 1
+    assert names[0].read_bytes() == (site.root("web") / "a/first").read_bytes()
+    assert sorted(path for path, _ in result.torn) == [b"a/first", b"b/second", b"b/third"]
+    assert result.errors == []

@@ -31,6 +31,13 @@ class Tally:
     error_count: int = 0
     left_out: list[tuple[bytes, str]] = field(default_factory=list)
 
+    def take_back(self, size: int) -> None:
+        """A file that was to be sent is not what it was: it may be listed again."""
+        self.files -= 1
+        self.files_sent -= 1
+        self.size -= size
+        self.lacking -= size
+
     def note_error(self, path: bytes, reason: str) -> None:
         self.error_count += 1
         if len(self.errors) < _NAMED_AT_MOST:

@@ -136,8 +136,10 @@ class Listing:
             row = Row(b"", stat.S_IFDIR | 0o755)
             yield from self.packer.add(missed.mounts.pop(0), row, None, is_shared=False)
 
-    def again(self, path: bytes) -> Iterator[Listed]:
-        """A batch with the one file at `path` as it is now; nothing where it is gone."""
+    def again(self, path: bytes, firsts: dict[int, int]) -> Iterator[Listed]:
+        """A batch with the one file at `path` as it is now; nothing where it is gone. `firsts` are
+        the rows of inodes with several names that have been listed again.
+        """
         folder, _, name = path.rpartition(b"/")
         try:
             fd = open_below(self._root_fd, folder)
@@ -146,14 +148,32 @@ class Listing:
         try:
             status = os.stat(name, dir_fd=fd, follow_symlinks=False)
             if stat.S_ISREG(status.st_mode):
-                self._digests.load([status.st_ino])
-                row, key = self._list_file(fd, path, name, status)
-                yield from self.packer.add(folder, row, key, is_shared=False)
+                yield from self._list_again(fd, folder, name, status, firsts)
                 yield from self.packer.end()
         except OSError as error:
             self._note(path, error)
         finally:
             os.close(fd)
+
+    def _list_again(
+        self,
+        folder_fd: int,
+        folder: bytes,
+        name: bytes,
+        status: os.stat_result,
+        firsts: dict[int, int],
+    ) -> Iterator[Listed]:
+        has_more = status.st_nlink > 1
+        if has_more and status.st_ino in firsts:
+            link = self.packer.next_row - firsts[status.st_ino]
+            row = Row(name, status.st_mode, link=link)
+            yield from self.packer.add(folder, row, None, is_shared=False)
+            return
+        self._digests.load([status.st_ino])
+        row, key = self._list_file(folder_fd, join(folder, name), name, status)
+        if has_more:
+            firsts[status.st_ino] = self.packer.next_row
+        yield from self.packer.add(folder, row, key, is_shared=False, is_group=has_more)
 
     # --- rows
 

@@ -54,6 +54,7 @@ log = logging.getLogger(__name__)
 
 _FOLDERS_A_JOB: Final = 500
 _MARGIN: Final = 16 << 20  # bytes that stay free
+_LOST_AT_MOST: Final = 100_000
 _OTHER_CONTENT: Final = "what arrived is not what the manifest says: its digest is another one"
 
 
@@ -89,6 +90,7 @@ class Receiver:
         self._digest = blake3()
         self._next_row = 0
         self._next_batch = 0
+        self._lost: set[int] = set()  # rows of first names that will be listed again, with others
         self._jobs = Jobs(dialogue.channel)
         self._staging = None if area is None else Staging(area)
         self._incoming: Incoming | None = None
@@ -422,6 +424,12 @@ class Receiver:
         self._chooser.forget(row.digest)
         if message.is_error:
             self.tally.note_error(join(path, row.name), message.reason)
+            return
+        self.tally.take_back(row.size)
+        if place in batch.groups:
+            self._lost.add(message.row)
+            if len(self._lost) > _LOST_AT_MOST:
+                raise Hostile("more files with several names that change than can be")
 
     def _take_proofs(self, message: Proofs) -> None:
         batch = self._open.get(message.batch)
@@ -455,6 +463,10 @@ class Receiver:
     def _decide_later(self, batch: OpenBatch, place: int, pinned: list[int]) -> placer.Step | None:
         path, row = batch.rows[place]
         spot = (batch.first + place, path, row.name)
+        if row.link and spot[0] - row.link in self._lost:
+            self.tally.made -= 1
+            self.tally.files -= 1
+            return None
         if row.link:
             return (placer.NAME, spot, spot[0] - row.link, row.mode)
         known = self._chooser.find_object(row, pinned)

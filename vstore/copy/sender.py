@@ -10,7 +10,7 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Final
 
@@ -91,6 +91,7 @@ class Sender:
         self._bases: dict[int, tuple[Base, bytearray]] = {}
         self._base_bytes = 0
         self._changed: list[bytes] = []
+        self._lost: set[int] = set()  # rows of first names that did not go: the others go again
         self._torn: list[tuple[bytes, str]] = []
         self._copies: dict[bytes, int] = {}  # path -> descriptor of a copy that stays as it is
         self._small: list[tuple[int, bytes]] = []
@@ -202,8 +203,11 @@ class Sender:
             path, row = rows[place]
             if not row.is_file:
                 raise Hostile("a wish for the content of what is no file")
-            self._send_row(batch.first + place, path, row, batch.keys[place])
+            number = batch.first + place
+            if not self._send_row(number, path, row, batch.keys[place]) and place in batch.groups:
+                self._lost.add(number)
         self._send_small()
+        self._note_lost_names(batch, rows)
         if proofs:
             self._dialogue.send(Proofs(batch.number, proofs))
         self._dialogue.send(Served(batch.number))
@@ -214,7 +218,14 @@ class Sender:
         self._progress.note(self._files, self._saved)
         self._progress.advance(size)
 
-    def _send_row(self, number: int, path: bytes, row: Row, key: Key | None) -> None:
+    def _note_lost_names(self, batch: Listed, rows: Sequence[tuple[bytes, Row]]) -> None:
+        """More names of what could not be sent as it was listed: the receiver passes them by."""
+        for place, (path, row) in enumerate(rows if self._lost else ()):
+            if row.link and batch.first + place - row.link in self._lost:
+                self._changed.append(join(path, row.name))
+
+    def _send_row(self, number: int, path: bytes, row: Row, key: Key | None) -> bool:
+        """False where the file is not what was listed any more: nothing was sent."""
         full = join(path, row.name)
         base, digests = self._bases.pop(number, (None, bytearray()))
         self._base_bytes -= len(digests)
@@ -231,9 +242,12 @@ class Sender:
         except _Changed:
             self._changed.append(full)
             self._drop(number, _CHANGED, is_error=False)
+            return False
         except OSError as error:
             is_error = error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
             self._drop(number, f"cannot be read: {error.strerror}", is_error=is_error)
+            return is_error
+        return True
 
     def _drop(self, number: int, reason: str, *, is_error: bool) -> None:
         self._send_small()
@@ -346,41 +360,56 @@ class Sender:
                 return
             self._folder.close()
             time.sleep(_PAUSE_S * attempt)
+            firsts: dict[int, int] = {}
             for path in paths:
-                for batch in self._listing.again(path):
+                for batch in self._listing.again(path, firsts):
                     self._announce(batch)
                     self._serve_what_is_asked(0)
+        torn: dict[int, int] = {}
         for path in self._changed:
-            self._send_torn(path)
+            self._send_torn(path, torn)
 
-    def _send_torn(self, path: bytes) -> None:
+    def _send_torn(self, path: bytes, firsts: dict[int, int]) -> None:
+        """As one read sees it; `firsts` are the rows of inodes that were sent so."""
         folder, _, name = path.rpartition(b"/")
         if len(self._copies) >= _TORN_AT_MOST:
             self._listing.found.errors.append((path, _CHANGED))
             return
         with suppress(FileNotFoundError):
-            source_fd = self._open(folder, name)
-            try:
-                status = os.fstat(source_fd)
-                fd = _copy_now(source_fd, status.st_size, self._root_fd)
-                self._copies[path] = fd
-                row = Row(
-                    name,
-                    status.st_mode,
-                    status.st_uid,
-                    status.st_gid,
-                    status.st_mtime_ns,
-                    status.st_size,
-                    digest_content(fd, os.fstat(fd)),
-                    sorted(inode.load_xattrs(source_fd).items()),
-                )
-            finally:
-                os.close(source_fd)
-            self._torn.append((path[:_SHOWN], _CHANGED))
             packer = self._listing.packer
-            for batch in (*packer.add(folder, row, None, is_shared=False), *packer.end()):
+            fd = self._open(folder, name)
+            try:
+                status = os.fstat(fd)
+                has_more = status.st_nlink > 1
+                if has_more and status.st_ino in firsts:
+                    link = packer.next_row - firsts[status.st_ino]
+                    row, is_group = Row(name, status.st_mode, link=link), False
+                else:
+                    row, is_group = self._copy_torn(fd, path, status), has_more
+            finally:
+                os.close(fd)
+            if is_group:
+                firsts[status.st_ino] = packer.next_row
+            self._torn.append((path[:_SHOWN], _CHANGED))
+            added = packer.add(folder, row, None, is_shared=False, is_group=is_group)
+            for batch in (*added, *packer.end()):
                 self._announce(batch)
                 self._serve_what_is_asked(0)
+
+    def _copy_torn(self, source_fd: int, path: bytes, status: os.stat_result) -> Row:
+        """The row of a copy, which stays as it is until it has been sent."""
+        fd = _copy_now(source_fd, status.st_size, self._root_fd)
+        self._copies[path] = fd
+        return Row(
+            path.rpartition(b"/")[2],
+            status.st_mode,
+            status.st_uid,
+            status.st_gid,
+            status.st_mtime_ns,
+            status.st_size,
+            digest_content(fd, os.fstat(fd)),
+            sorted(inode.load_xattrs(source_fd).items()),
+        )
 
     def _end(self) -> None:
         found, packer = self._listing.found, self._listing.packer
