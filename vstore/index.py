@@ -78,12 +78,16 @@ def load_index(database: sqlite3.Connection, pool: Pool | None) -> None:
 
 
 def renew_index(database: sqlite3.Connection, pool: Pool | None, error: sqlite3.Error) -> None:
-    """Replace an index that turned out corrupt while it was read by a new, empty one."""
-    log.warning("the pool's index is corrupt (%s) and is made anew", error)
+    """Replace an index that turned out corrupt while it was read by a new, empty one. Where another
+    program held it for long it stays, and this one does without.
+    """
+    is_busy = _is_busy(error)
+    what = "is not used" if is_busy else "is made anew"
+    log.warning("the pool's index cannot be read (%s) and %s", error, what)
     database.execute("DETACH idx")
-    if pool is not None:
+    if pool is not None and not is_busy:
         forget_index(pool)
-    load_index(database, pool)
+    load_index(database, None if is_busy else pool)
 
 
 def _is_busy(error: sqlite3.Error) -> bool:

@@ -227,6 +227,23 @@ def test_an_index_that_cannot_be_used_is_made_anew(site: Site, tool: Tool) -> No
 
 
 @on("ext4")
+def test_a_copy_does_without_an_index_that_cannot_be_used(site: Site, tool: Tool) -> None:
+    """The guest's files are known to it: no other has them, so they are its own."""
+    rows: list[Row] = [File(f"{number}", b"%099d" % number) for number in range(300)]
+    web = site.add_guest("web", rows)
+    sleep(SETTLED_S)
+    for number, damage in enumerate(_DAMAGES):
+        for name in (f"before{number}", f"after{number}"):
+            done = tool("vserver-copy", "-q", "web", name)
+            assert done.returncode == 0, (damage.__name__, done.stderr)
+            assert differences(snapshot(web), snapshot(site.root(name))) == [], damage.__name__
+            if name.startswith("before"):
+                assert inode_of(web / "7") in _known(site)
+                damage(site.pool / "index.sqlite")
+    assert find_faults(site.pool) == []
+
+
+@on("ext4")
 def test_a_damaged_index_of_a_dry_run_is_no_failure(site: Site, tool: Tool) -> None:
     _settle_two(site, tool)
     _make_garbage(site.pool / "index.sqlite")

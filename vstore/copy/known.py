@@ -34,6 +34,7 @@ class Digests:
 
     def __init__(self, pool: Pool | None, root_fd: int) -> None:
         self._database = sqlite3.connect("", isolation_level=None, check_same_thread=False)
+        self._pool = pool
         index.load_index(self._database, pool)
         self._volume = index.volume_of(root_fd)
         self._fresh: list[index.DigestRow] = []
@@ -57,12 +58,16 @@ class Digests:
             self._near.update(self._load(f"AND ino IN ({places})", *map(index.signed, some)))
 
     def _load(self, which: str, *values: int) -> dict[int, tuple[int, int, int, bytes, bytes]]:
-        found = self._database.execute(
-            "SELECT ino, size, mtime, ctime, digest, xattrs FROM idx.digests"  # noqa: S608
-            f" WHERE volume = ? {which}",
-            (self._volume, *values),
-        )
-        return {row[0]: row[1:] for row in found}
+        try:
+            found = self._database.execute(
+                "SELECT ino, size, mtime, ctime, digest, xattrs FROM idx.digests"  # noqa: S608
+                f" WHERE volume = ? {which}",
+                (self._volume, *values),
+            )
+            return {row[0]: row[1:] for row in found}
+        except sqlite3.DatabaseError as error:
+            index.renew_index(self._database, self._pool, error)
+            return {}
 
     def find(self, key: Key) -> Digest | None:
         """The digests of the file that has this key, if it is one of those that were loaded."""
