@@ -268,3 +268,20 @@ def test_a_debian_guest_is_equal_arrives_unified_and_its_sibling_costs_little(
     assert lacking < total / 2
     assert _copy(tool, "--refresh", "web", "web-copy")["same"] is True
     assert tool("vpool", "verify").returncode == 0
+
+
+@on("btrfs")
+def test_what_is_the_file_systems_own_stays_behind(site: Site, tool: Tool) -> None:
+    """Where files are compressed by an attribute, as `chattr +c` does: here, there, or both."""
+    root = site.add_guest("web", [File("packed", b"text " * 999), File("plain", b"plain" * 999)])
+    packed = root / "packed"
+    subprocess.run(["chattr", "+c", root, packed], check=True)
+    assert os.listxattr(packed) == ["btrfs.compression"]
+    for flag, target in (("+c", "first"), ("-c", "second")):
+        subprocess.run(["chattr", flag, site.vdirbase], check=True)
+        done = tool("vserver-copy", "-q", "web", target)
+        assert (done.returncode, done.stderr) == (0, "")
+        for name in ("packed", "plain"):
+            assert (site.root(target) / name).read_bytes() == (root / name).read_bytes()
+        assert "nothing to do" in tool("vserver-copy", "--refresh", "web", target).stdout
+    assert os.listxattr(site.root("second") / "packed") == []

@@ -20,7 +20,7 @@ from blake3 import blake3
 from vstore import index, inode, lease
 from vstore.copy import blocks
 from vstore.copy.known import Contents, Digests, Key
-from vstore.copy.manifest import Row, can_be_object, digest_of_xattrs
+from vstore.copy.manifest import Row, can_be_object, digest_of_xattrs, travelling
 from vstore.copy.messages import SMALL
 from vstore.copy.outline import Outline
 from vstore.copy.packing import Listed, Packer
@@ -261,7 +261,7 @@ class Listing:
         if identity.xattrs:
             fd = os.open(name, inode.OPEN_TO_READ, dir_fd=folder_fd)
             try:
-                xattrs = sorted(inode.load_xattrs(fd).items())
+                xattrs = sorted(travelling(inode.load_xattrs(fd)).items())
             finally:
                 os.close(fd)
         return Row(
@@ -288,12 +288,13 @@ class Listing:
             status = os.fstat(fd)
             if not stat.S_ISREG(status.st_mode):
                 raise OSError(errno.ENOENT, "another kind of file has taken its place")
-            row = _row_of(name, status, inode.load_xattrs(fd))
+            xattrs = inode.load_xattrs(fd)
+            row = _row_of(name, status, xattrs)
             if path in self._rewritten:
                 content = self._rewritten[path]
                 row.size, row.digest = len(content), blake3(content).digest()
             else:
-                row.digest = self._digest(fd, status, row.xattrs)
+                row.digest = self._digest(fd, status, list(xattrs.items()))
         finally:
             os.close(fd)
         return row, _key_of(status)
@@ -406,7 +407,7 @@ def _row_of(name: bytes, status: os.stat_result, xattrs: Mapping[bytes, bytes]) 
         status.st_mtime_ns,
         status.st_size,
         b"",
-        sorted(xattrs.items()),
+        sorted(travelling(xattrs).items()),
     )
 
 

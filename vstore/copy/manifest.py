@@ -7,7 +7,7 @@ alone, so that equal trees have equal manifests.
 """
 
 import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Final
 
 import msgspec
@@ -29,6 +29,7 @@ _KINDS: Final = frozenset(
     (stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK, stat.S_IFCHR, stat.S_IFBLK, stat.S_IFIFO)
 )
 _XATTR_SPACES: Final = (b"user.", b"trusted.", b"security.", b"system.posix_acl_")
+"""Others are a file system's own, such as btrfs.compression."""
 
 _Xattr = tuple[
     Annotated[bytes, Meta(min_length=1, max_length=255)], Annotated[bytes, Meta(max_length=1 << 16)]
@@ -82,6 +83,11 @@ Part = tuple[Annotated[bytes, Meta(max_length=PATH_LIMIT)], list[Row]]
 _Parts = Annotated[list[Part], Meta(max_length=ROWS_A_BATCH)]
 _decoder: Final = msgspec.msgpack.Decoder(_Parts)
 _encoder: Final = msgspec.msgpack.Encoder()
+
+
+def travelling(xattrs: Mapping[bytes, bytes]) -> dict[bytes, bytes]:
+    """Those xattrs that a row may have: what another file system could have too."""
+    return {name: value for name, value in xattrs.items() if name.startswith(_XATTR_SPACES)}
 
 
 def digest_of_xattrs(xattrs: Iterable[tuple[bytes, bytes]]) -> bytes:
