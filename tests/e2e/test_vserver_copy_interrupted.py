@@ -326,3 +326,23 @@ def test_a_source_that_changes_all_the_time_is_named(machines: Machines, tool: T
     assert "var/log/big: changed while it was read" in done.stderr
     assert (machines.there.root("web") / "var/log/big").stat().st_size >= size
     _finish(tool, machines, "--refresh")
+
+
+@pytest.mark.timeout(200)
+def test_holes_of_a_file_that_changes_all_the_time_stay_holes(
+    machines: Machines, tool: Tool
+) -> None:
+    big = machines.here.root("web") / "var/log/big"
+    with big.open("r+b") as file:
+        file.write(os.urandom(20 << 20))
+        file.truncate(2 << 30)
+    script = 'while :; do printf x | dd of="$0" bs=1 conv=notrunc status=none; done'
+    with subprocess.Popen(["sh", "-c", script, big]) as writing:
+        try:
+            done = tool("vserver-copy", *_command(machines, "-q", "--bwlimit", "16M")[1:])
+        finally:
+            writing.kill()
+    assert done.returncode == 20, done.stderr
+    status = (machines.there.root("web") / "var/log/big").stat()
+    assert status.st_size == 2 << 30
+    assert status.st_blocks * 512 < 30 << 20

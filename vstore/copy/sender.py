@@ -11,7 +11,6 @@ import os
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from typing import Final
 
 import msgspec
@@ -21,7 +20,7 @@ from vstore import extents, inode
 from vstore.copy import blocks
 from vstore.copy.known import Key
 from vstore.copy.listing import Listing
-from vstore.copy.manifest import Row
+from vstore.copy.manifest import Row, travelling
 from vstore.copy.messages import (
     BATCHES_AHEAD,
     SMALL,
@@ -371,30 +370,41 @@ class Sender:
 
     def _send_torn(self, path: bytes, firsts: dict[int, int]) -> None:
         """As one read sees it; `firsts` are the rows of inodes that were sent so."""
-        folder, _, name = path.rpartition(b"/")
         if len(self._copies) >= _TORN_AT_MOST:
             self._listing.found.errors.append((path, _CHANGED))
             return
-        with suppress(FileNotFoundError):
-            packer = self._listing.packer
-            fd = self._open(folder, name)
-            try:
-                status = os.fstat(fd)
-                has_more = status.st_nlink > 1
-                if has_more and status.st_ino in firsts:
-                    link = packer.next_row - firsts[status.st_ino]
-                    row, is_group = Row(name, status.st_mode, link=link), False
-                else:
-                    row, is_group = self._copy_torn(fd, path, status), has_more
-            finally:
-                os.close(fd)
-            if is_group:
-                firsts[status.st_ino] = packer.next_row
-            self._torn.append((path[:_SHOWN], _CHANGED))
-            added = packer.add(folder, row, None, is_shared=False, is_group=is_group)
-            for batch in (*added, *packer.end()):
-                self._announce(batch)
-                self._serve_what_is_asked(0)
+        try:
+            row, is_group = self._row_of_torn(path, firsts)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            reason = f"{_CHANGED}, and cannot be copied aside: {error.strerror}"
+            self._listing.found.errors.append((path, reason))
+            return
+        self._torn.append((path[:_SHOWN], _CHANGED))
+        packer = self._listing.packer
+        folder = path.rpartition(b"/")[0]
+        added = packer.add(folder, row, None, is_shared=False, is_group=is_group)
+        for batch in (*added, *packer.end()):
+            self._announce(batch)
+            self._serve_what_is_asked(0)
+
+    def _row_of_torn(self, path: bytes, firsts: dict[int, int]) -> tuple[Row, bool]:
+        """The file's row, and whether more names of its inode may follow. Raises OSError."""
+        folder, _, name = path.rpartition(b"/")
+        number = self._listing.packer.next_row
+        fd = self._open(folder, name)
+        try:
+            status = os.fstat(fd)
+            has_more = status.st_nlink > 1
+            if has_more and status.st_ino in firsts:
+                return Row(name, status.st_mode, link=number - firsts[status.st_ino]), False
+            row = self._copy_torn(fd, path, status)
+        finally:
+            os.close(fd)
+        if has_more:
+            firsts[status.st_ino] = number
+        return row, has_more
 
     def _copy_torn(self, source_fd: int, path: bytes, status: os.stat_result) -> Row:
         """The row of a copy, which stays as it is until it has been sent."""
@@ -408,7 +418,7 @@ class Sender:
             status.st_mtime_ns,
             status.st_size,
             digest_content(fd, os.fstat(fd)),
-            sorted(inode.load_xattrs(source_fd).items()),
+            sorted(travelling(inode.load_xattrs(source_fd)).items()),
         )
 
     def _end(self) -> None:
@@ -452,14 +462,16 @@ def _check(fd: int, row: Row, key: Key | None, digest: bytes) -> None:
 
 
 def _copy_now(fd: int, size: int, root_fd: int) -> int:
-    """A nameless copy, on the guest's file system, of a file that goes on changing."""
+    """A nameless copy, on the guest's file system, of a file that goes on changing; holes stay
+    holes, and where the file system can clone, all of it is of one moment.
+    """
     copy_fd = os.open(".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=root_fd)
     try:
+        is_cloned = extents.clone(fd, copy_fd)
         os.ftruncate(copy_fd, size)
-        at = 0
-        while at < size and (data := os.pread(fd, min(_PACKED, size - at), at)):
-            os.pwrite(copy_fd, data, at)
-            at += len(data)
+        for start, end in extents.data_ranges(fd, 0 if is_cloned else size):
+            for at in range(start, end, _PACKED):
+                os.pwrite(copy_fd, os.pread(fd, min(_PACKED, end - at), at), at)
     except OSError:
         os.close(copy_fd)
         raise
