@@ -9,7 +9,9 @@ from vstore.copy.messages import Request, Result
 from vstore.errors import WrongUsage
 from vstore.guest import parse_name
 
-_PLACE: Final = re.compile(r"(?:(?P<host>\[[^\]]+\]|[^:]+):)?(?P<name>[^:]*)")
+_PLACE: Final = re.compile(
+    r"(?:(?:(?P<user>[^:\[\]\s]+)@)?(?P<host>\[[^\]\s]+\]|[^:\[\]@\s]+):)?(?P<name>[^:]*)"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,16 +26,17 @@ class Place:
     def shown(self) -> str:
         if not self.host:
             return self.name
-        return f"{self.user}@{self.host}:{self.name}" if self.user else f"{self.host}:{self.name}"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{self.user}@{host}:{self.name}" if self.user else f"{host}:{self.name}"
 
 
 def parse_place(text: str) -> Place:
-    """What `[[user@]host:]NAME` means. Raises WrongUsage."""
+    """What `[[user@]host:]NAME` means; an IPv6 address stands in brackets. Raises WrongUsage."""
     found = _PLACE.fullmatch(text)
     if found is None:
         raise WrongUsage(f"{text!r} is neither a guest nor [user@]host:GUEST")
-    user, _, host = (found["host"] or "").rpartition("@")
-    return Place(host.strip("[]"), user, found["name"])
+    host = (found["host"] or "").removeprefix("[").removesuffix("]")
+    return Place(host, found["user"] or "", found["name"])
 
 
 @dataclass(frozen=True, slots=True)
