@@ -294,6 +294,23 @@ def test_proxy_jump_over_a_slow_line_to_what_only_the_hop_reaches(site: Site) ->
             assert "Accepted publickey for root" in (server.folder / "log").read_text()
 
 
+@pytest.mark.parametrize("place", ["alias", "[alias]:{port}"])
+def test_an_alias_stands_in_known_hosts_without_a_port(
+    machines: Machines, tool: Tool, home: Path, place: str
+) -> None:
+    """As ssh(1) has it, which is asked too."""
+    server = machines.server
+    _write_config(home, server, f"{_block(server, 'other')}  HostKeyAlias alias\n")
+    known = home / ".ssh" / "known_hosts"
+    known.write_text(f"{place.format(port=server.port)} {server.public_key}\n")
+    words = ["-F", f"{home}/.ssh/config", "-o", f"UserKnownHostsFile={known}"]
+    asked = subprocess.run(["ssh", "-o", "BatchMode=yes", *words, "other", "true"], check=False)
+    done = _copy(tool, machines, host="other")
+    assert (asked.returncode == 0, done.returncode) == (
+        (True, 0) if place == "alias" else (False, 6)
+    )
+
+
 def test_an_agent_has_the_key(
     machines: Machines, tool: Tool, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,7 +15,8 @@ from typing import Final
 from vstore.copy.sshconfig import matches
 from vstore.errors import NotPermitted, ToolError
 
-_PORT: Final = 22
+PORT: Final = 22
+"""Of ssh: a host stands in known_hosts without it."""
 _HASHED: Final = "|1|"
 _REVOKED: Final = "@revoked"
 _AUTHORITY: Final = "@cert-authority"
@@ -33,7 +34,7 @@ class Known:
 
 def place_of(host: str, port: int) -> str:
     """How known_hosts names a host."""
-    return host.lower() if port == _PORT else f"[{host.lower()}]:{port}"
+    return host.lower() if port == PORT else f"[{host.lower()}]:{port}"
 
 
 def fingerprint(key: bytes) -> str:

@@ -168,7 +168,7 @@ class _Connector:
             *(name for name in _GCM if name in options.ciphers),
             *(name for name in options.ciphers if name not in _GCM),
         ]
-        known = hostkeys.load_known(self._name, self._port, self._known_files())
+        known = hostkeys.load_known(*self._place, self._known_files())
         kinds = _negotiable(hostkeys.known_kinds(known), options.key_types)
         options.key_types = [*kinds, *(kind for kind in options.key_types if kind not in kinds)]
         transport.start_client(timeout=_TIMEOUT_S)
@@ -178,9 +178,10 @@ class _Connector:
         return transport
 
     @property
-    def _name(self) -> str:
-        """By which name known_hosts knows the host."""
-        return str(self._config.get("hostkeyalias", self._host))
+    def _place(self) -> tuple[str, int]:
+        """By which name and port known_hosts knows the host; an alias stands there without port."""
+        alias = str(self._config.get("hostkeyalias", ""))
+        return (alias, hostkeys.PORT) if alias else (self._host, self._port)
 
     def _open_socket(self) -> Any:
         jump = str(self._config.get("proxyjump", "none"))
@@ -255,8 +256,7 @@ class _Connector:
     def _check_key(self, transport: paramiko.Transport, known: Sequence[hostkeys.Known]) -> None:
         key = transport.get_remote_server_key()
         is_new = hostkeys.check_key(
-            self._name,
-            self._port,
+            *self._place,
             key.get_name(),
             key.asbytes(),
             known,
@@ -264,7 +264,7 @@ class _Connector:
         )
         if is_new:
             file = self._known_files()[0]
-            hostkeys.note_key(file, self._name, self._port, key.get_name(), key.asbytes())
+            hostkeys.note_key(file, *self._place, key.get_name(), key.asbytes())
 
     # --- who we are
 
