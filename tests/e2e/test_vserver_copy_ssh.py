@@ -311,23 +311,46 @@ def test_an_alias_stands_in_known_hosts_without_a_port(
     )
 
 
-def test_an_agent_has_the_key(
-    machines: Machines, tool: Tool, home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    agent = home / "agent"
-    with subprocess.Popen(["ssh-agent", "-D", "-a", agent], stdout=subprocess.DEVNULL) as process:
+@pytest.fixture
+def agent(machines: Machines, home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """An agent that has the client's key, of which the file has a passphrase then."""
+    place, key = home / "agent", machines.server.key
+    with subprocess.Popen(["ssh-agent", "-D", "-a", place], stdout=subprocess.DEVNULL) as process:
         try:
-            monkeypatch.setenv("SSH_AUTH_SOCK", os.fspath(agent))
+            monkeypatch.setenv("SSH_AUTH_SOCK", os.fspath(place))
             asking = ["ssh-add", "-l"]
             wait_for(
                 lambda: (
                     subprocess.run(asking, capture_output=True, check=False).returncode == _NO_KEYS
                 )
             )
-            subprocess.run(["ssh-add", "-q", machines.server.key], check=True)
-            block = _block(machines.server, "other").rpartition("  IdentityFile")[0]
-            _write_config(home, machines.server, block)
-            done = _copy(tool, machines, host="other")
-            assert (done.returncode, done.stderr) == (0, "")
+            subprocess.run(["ssh-add", "-q", key], check=True)
+            change = ["ssh-keygen", "-q", "-p", "-P", "", "-N", "secret", "-f", os.fspath(key)]
+            subprocess.run(change, check=True, stdout=subprocess.DEVNULL)
+            yield
         finally:
             process.terminate()
+
+
+@pytest.mark.usefixtures("agent")
+@pytest.mark.parametrize(
+    ("lines", "code"),
+    [
+        ("", 0),
+        ("IdentityFile {key}\n  IdentitiesOnly yes", 0),
+        ("IdentityFile {key}.pub\n  IdentitiesOnly yes", 0),
+        ("IdentityFile {other}\n  IdentitiesOnly yes", 6),
+    ],
+)
+def test_an_agent_has_the_key(
+    machines: Machines, tool: Tool, home: Path, lines: str, code: int
+) -> None:
+    """Where no others than the named ones are to be tried, that one counts if it is named."""
+    server = machines.server
+    _other_key(server.folder)
+    block = _block(server, "other").rpartition("  IdentityFile")[0]
+    wanted = lines.format(key=server.key, other=server.folder / "other")
+    _write_config(home, server, f"{block}  {wanted}\n")
+    done = _copy(tool, machines, host="other")
+    assert done.returncode == code, done.stderr
+    assert code or not done.stderr

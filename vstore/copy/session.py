@@ -5,6 +5,7 @@ it stands in the way of the copy. One exec channel, with a window that a long wa
 never SFTP.
 """
 
+import base64
 import contextlib
 import getpass
 import importlib
@@ -324,13 +325,18 @@ class _Connector:
     def _keys(self) -> Iterator[paramiko.PKey]:
         named = [Path(name).expanduser() for name in self._access.identities]
         named += [Path(name).expanduser() for name in self._config.get("identityfile", ())]
+        named = named or [sshconfig.user_folder() / name for name in _IDENTITIES]
         only = str(self._config.get("identitiesonly", "no")).lower() == "yes"
-        if not only:
-            yield from _agent_keys()
-        for path in named or [sshconfig.user_folder() / name for name in _IDENTITIES]:
-            key = self._load_key(path)
-            if key is not None:
+        publics = {path: _public_of(path) for path in named}
+        tried = set()
+        for key in _agent_keys():
+            if not only or key.asbytes() in publics.values():
+                tried.add(key.asbytes())
                 yield key
+        for path in named:
+            loaded = None if publics[path] in tried else self._load_key(path)
+            if loaded is not None:
+                yield loaded
 
     def _load_key(self, path: Path) -> paramiko.PKey | None:
         if not path.exists():
@@ -371,6 +377,16 @@ def _agent_keys() -> Iterator[paramiko.PKey]:
         yield from paramiko.Agent().get_keys()
     except (paramiko.SSHException, OSError) as error:
         log.info("the agent does not answer: %s", error)
+
+
+def _public_of(path: Path) -> bytes:
+    """The public half of the key in that file, which may be all that is in it: an agent has the
+    other. b"" where that is not known.
+    """
+    for place in (path, path.with_name(f"{path.name}.pub")):
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            return base64.b64decode(place.read_text().split()[1], validate=True)
+    return b""
 
 
 def _negotiable(kinds: Sequence[str], offered: Sequence[str]) -> list[str]:
