@@ -240,6 +240,32 @@ def test_an_include_that_includes_itself_is_refused(
     assert "by itself" in done.stderr
 
 
+def test_what_the_command_line_says_counts_where_ssh_config_depends_on_it(
+    machines: Machines, tool: Tool, home: Path
+) -> None:
+    """Port and user in a ProxyCommand, and the user whom a block is for."""
+    server = machines.server
+    said = home / "said"
+    settings = _block(server, "other").partition("\n")[2].replace(f"{server.port}", "9")
+    proxy = f"  ProxyCommand sh -c 'echo %p %r >{said}'\n"
+    _write_config(home, server, f"Match originalhost other user root\n{settings}{proxy}")
+    _copy(tool, machines, "-p", f"{server.port}", host="root@other")
+    assert said.read_text() == f"{server.port} root\n"
+    said.unlink()
+    assert _copy(tool, machines, host="nobody@other").returncode == 1
+    assert not said.exists()
+
+
+@pytest.mark.parametrize("line", ["Port ssh", "Port 70000", "ProxyJump hop:x", "ProxyJump [::1]x"])
+def test_a_port_that_is_none_is_named(
+    machines: Machines, tool: Tool, home: Path, line: str
+) -> None:
+    _write_config(home, machines.server, f"Host other\n  {line}\n")
+    done = _copy(tool, machines, host="other")
+    assert done.returncode == 7, done.stderr
+    assert "is no port" in done.stderr
+
+
 def test_proxy_jump_goes_through_hosts_that_are_checked_too(
     machines: Machines, tool: Tool, home: Path
 ) -> None:

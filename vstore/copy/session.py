@@ -25,7 +25,7 @@ import paramiko
 from vstore.copy import hostkeys, questions, sshconfig
 from vstore.copy.access import Access
 from vstore.copy.wire import ConnectionLost
-from vstore.errors import NotPermitted, ToolError
+from vstore.errors import ConfigInvalid, NotPermitted, ToolError
 
 log = logging.getLogger(__name__)
 
@@ -145,7 +145,11 @@ class _Connector:
         self._access = access
         self._stack = stack
         self._depth = depth
-        text = sshconfig.load_text(access.host, access.config)
+        # the first value counts, and others depend on it: Match user, %p and %r of ProxyCommand
+        said = [f"User {access.user}"] * bool(access.user) + [f"Port {access.port}"] * bool(
+            access.port
+        )
+        text = "\n".join([*said, sshconfig.load_text(access.host, access.config)])
         if "exec" in text.lower():
             load_invoke()
         try:
@@ -153,8 +157,8 @@ class _Connector:
         except paramiko.ConfigParseError as error:
             raise ToolError(f"{access.config or 'ssh_config'}: {error}") from error
         self._host = str(self._config.get("hostname", access.host))
-        self._port = access.port or int(self._config.get("port", 22))
-        self._user = access.user or str(self._config.get("user", "")) or getpass.getuser()
+        self._port = parse_port(str(self._config.get("port", hostkeys.PORT)), access.host)
+        self._user = str(self._config.get("user", "")) or getpass.getuser()
 
     def connect(self) -> paramiko.Transport:
         transport = paramiko.Transport(
@@ -398,16 +402,26 @@ def _negotiable(kinds: Sequence[str], offered: Sequence[str]) -> list[str]:
     return wanted
 
 
+def parse_port(text: str, host: str) -> int:
+    """The port that ssh_config gives for the host. Raises ConfigInvalid."""
+    if text.isdecimal() and 0 < int(text) < 1 << 16:
+        return int(text)
+    raise ConfigInvalid(f"ssh_config: {host}: {text!r} is no port")
+
+
 def parse_hop(text: str, access: Access) -> Access:
-    """A host of ProxyJump, `[user@]host[:port]`, reached with the same keys and files."""
+    """A host of ProxyJump, `[user@]host[:port]`, reached with the same keys and files.
+
+    Raises ConfigInvalid.
+    """
     user, _, place = text.strip().removeprefix("ssh://").rpartition("@")
     host, port = place, 0
     if place.startswith("["):
         host, _, rest = place[1:].partition("]")
-        port = int(rest.removeprefix(":") or 0)
+        port = parse_port(rest[1:], text) if rest else 0
     elif place.count(":") == 1:
         host, _, number = place.partition(":")
-        port = int(number)
+        port = parse_port(number, text)
     return Access(
         host,
         user,
