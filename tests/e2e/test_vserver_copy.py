@@ -5,6 +5,7 @@ import json
 import mmap
 import os
 import re
+import shlex
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -269,10 +270,24 @@ def test_a_program_that_is_missing_there_is_said_with_two_lines(
     assert "/nowhere/vserver-copy" in done.stderr
     lines = [line for line in done.stderr.splitlines() if line.startswith("    ")]
     assert len(lines) == 2
-    assert all("ssh root@127.0.0.1" in line for line in lines)
+    for line in lines:
+        *ssh, _ = shlex.split(line.strip().removeprefix("tar -c --exclude=.venv . | "))
+        assert ssh[-1] == "root@127.0.0.1"
+        reached = subprocess.run([*ssh, "echo", "here"], capture_output=True, check=True)
+        assert reached.stdout == b"here\n"
 
 
 def test_a_machine_that_does_not_answer_is_said(machines: Machines, tool: Tool) -> None:
     done = tool("vserver-copy", "-F", os.devnull, "-p", "1", "web", "127.0.0.1:")
     assert done.returncode == 1
     assert "127.0.0.1 port 1: Connection refused" in done.stderr
+
+
+def test_a_connection_that_ends_at_once_is_said(
+    machines: Machines, tool: Tool, tmp_path: Path
+) -> None:
+    config = tmp_path / "config"
+    config.write_text("Host other\n  ProxyCommand false\n")
+    done = tool("vserver-copy", "-F", config, "web", "other:")
+    assert done.returncode == 1
+    assert "other: the connection ended before anybody could log in" in done.stderr

@@ -7,6 +7,7 @@ over there, this one has time to list a guest. Nothing here imports paramiko.
 import contextlib
 import json
 import os
+import shlex
 import signal
 import socket
 import sys
@@ -26,15 +27,16 @@ _NOT_FOUND: Final = 127
 class ProgramMissing(ToolError):
     """The other machine has no vserver-copy; `lines` put it there."""
 
-    def __init__(self, host: str, command: str, said: str) -> None:
+    def __init__(self, access: "Access", command: str, said: str) -> None:
+        ssh = access.as_ssh
         super().__init__(
-            f"{host}: cannot run {command.split()[0]!r} there: {said or 'not found'}",
+            f"{access.shown}: cannot run {command.split()[0]!r} there: {said or 'not found'}",
             hint="install it there, or name it with --remote-command",
         )
         self.lines = (
-            f"tar -c --exclude=.venv . | ssh {host} 'mkdir -p /opt/vserver-tools && "
+            f"tar -c --exclude=.venv . | {ssh} 'mkdir -p /opt/vserver-tools && "
             "tar -x -C /opt/vserver-tools'",
-            f"ssh {host} 'make -C /opt/vserver-tools install-deps && "
+            f"{ssh} 'make -C /opt/vserver-tools install-deps && "
             "ln -sf /opt/vserver-tools/.venv/bin/vserver-copy /usr/local/bin/'",
         )
 
@@ -56,12 +58,23 @@ class Access:
     def shown(self) -> str:
         return f"{self.user}@{self.host}" if self.user else self.host
 
+    @property
+    def as_ssh(self) -> str:
+        """How ssh(1) reaches it, for a shell."""
+        words = ["ssh"]
+        words += ["-p", f"{self.port}"] if self.port else []
+        words += [word for path in self.identities for word in ("-i", os.fspath(path))]
+        words += ["-F", os.fspath(self.config)] if self.config else []
+        words += ["-o", f"UserKnownHostsFile={self.known_hosts}"] if self.known_hosts else []
+        return shlex.join([*words, self.shown])
+
 
 class Session:
     """A program that runs on the other machine, or soon will; `end`: of its stdin and stdout."""
 
     def __init__(self, access: Access, command: str) -> None:
         self.host = access.shown
+        self._access = access
         self._command = command
         self.end, theirs = socket.socketpair()
         status_read, status_write = os.pipe()
@@ -112,7 +125,9 @@ class Session:
         told = json.loads(line) if line else {}
         code, said = int(told.get("exit", -1)), str(told.get("said", "")).strip()
         if code == _NOT_FOUND:
-            return ProgramMissing(self.host, self._command, said.splitlines()[-1] if said else "")
+            return ProgramMissing(
+                self._access, self._command, said.splitlines()[-1] if said else ""
+            )
         if "reason" in told:
             return ConnectionLost(f"{self.host}: {told['reason']}", hint=error.hint)
         if said:

@@ -41,6 +41,8 @@ _ALIVE_S: Final = 15
 _HOPS: Final = 8
 _PROMPT_BYTES: Final = 16 << 10  # some times what a login takes
 _GCM: Final = ("aes128-gcm@openssh.com", "aes256-gcm@openssh.com")
+_NO_BANNER: Final = "Error reading SSH protocol banner"  # and perhaps why, says paramiko
+_NOT_YET: Final = "the connection ended before anybody could log in"
 _IDENTITIES: Final = ("id_ed25519", "id_ecdsa", "id_rsa")
 _KEY_KINDS: Final[tuple[type[paramiko.PKey], ...]] = (
     paramiko.Ed25519Key,
@@ -68,7 +70,9 @@ def run(access: Access, command: str, end: socket.socket, status_fd: int) -> int
             kind = type(error).__name__
             _tell(status, kind=kind, message=error.message, hint=error.hint)
         except (OSError, paramiko.SSHException, EOFError) as error:
-            reason = getattr(error, "strerror", None) or f"{error}" or type(error).__name__
+            reason = getattr(error, "strerror", None) or f"{error}"
+            if not reason or reason.startswith(_NO_BANNER):
+                reason = _NOT_YET
             message = f"{access.shown}: {reason}"
             _tell(status, kind="ConnectionLost", message=message, reason=reason)
     return 1
