@@ -145,6 +145,27 @@ def test_values_that_cannot_be_are_refused(site: Site, tool: Tool, options: list
     assert not site.root("new").exists()
 
 
+@pytest.mark.parametrize("kind", ["file", "folder", "symlink"])
+def test_a_setting_whose_name_cannot_travel_is_named(site: Site, tool: Tool, kind: str) -> None:
+    _add(site)
+    path = site.confdir / "web" / os.fsdecode(b"caf\xe9")
+    if kind == "file":
+        path.touch()
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to("context")
+    assert "its name is no UTF-8" in _copy(tool, "web", "new", code=7)
+
+
+def test_a_configuration_too_large_to_travel_is_refused(site: Site, tool: Tool) -> None:
+    _add(site)
+    for number in range(5):
+        site.configure("web", f"backup/{number}", "x" * (1 << 20))
+    assert f"{site.confdir}/web: has 5" in _copy(tool, "web", "new", code=7)
+    assert not site.root("new").exists()
+
+
 @pytest.fixture
 def host(site: Site, monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
     folder = site.filesystem.folder / "host"

@@ -21,6 +21,7 @@ from vstore.guest import Guest, confdir
 
 _LEFT_BEHIND: Final = frozenset({"vdir", "run", "cache"})
 _LARGEST: Final = 1 << 20
+_ALL: Final = 3 << 20  # bytes of all settings together: they travel in one message
 _MOST: Final = 5000
 _NAME: Final = re.compile(r"[^/\0\n]{1,255}")
 _SCRIPTS: Final = ("sh", "d/scripts")
@@ -50,6 +51,12 @@ def collect_settings(guest: Guest) -> list[Setting]:
         raise ConfigInvalid(f"{guest.config}: cannot be read: {error.strerror}") from error
     if len(found) > _MOST:
         raise ConfigInvalid(f"{guest.config}: has more than {_MOST} files")
+    total = sum(len(item.path) + len(item.content) for item in found)
+    if total > _ALL:
+        raise ConfigInvalid(
+            f"{guest.config}: has {total} bytes, more than the {_ALL} that can be sent",
+            hint="move what is no configuration elsewhere",
+        )
     return found
 
 
@@ -62,6 +69,7 @@ def _collect_below(folder: Path) -> Iterator[Setting]:
             relative = os.fspath(path.relative_to(folder))
             if relative in _LEFT_BEHIND:
                 continue
+            _check_text(path)
             if path.is_symlink():
                 yield Setting(f"d/{relative}", "l", 0o777, os.fsencode(path.readlink()))
             elif path.is_dir():
@@ -70,9 +78,14 @@ def _collect_below(folder: Path) -> Iterator[Setting]:
                 yield _read(f"d/{relative}", path)
 
 
+def _check_text(path: Path) -> None:
+    if as_text(path.name) != path.name:
+        raise ConfigInvalid(
+            f"{path}: its name is no UTF-8, which no setting's is", hint="remove or rename it"
+        )
+
+
 def _read(name: str, path: Path) -> Setting:
-    if as_text(name) != name:
-        raise ConfigInvalid(f"{path}: its name is no UTF-8, which no setting's is")
     status = path.stat()
     if status.st_size > _LARGEST:
         raise ConfigInvalid(f"{path}: has {status.st_size} bytes, too many for a setting")
