@@ -136,6 +136,37 @@ def test_an_old_style_guest_stays_one(site: Site, tool: Tool) -> None:
     assert (site.root("post") / "file").read_text() == "mail"
 
 
+def _add_old_style(site: Site, name: str, conf: str) -> None:
+    site.root(name).mkdir()
+    (site.confdir / f"{name}.conf").write_text(conf)
+
+
+def test_comments_of_an_old_style_guest_hide_nothing(site: Site, tool: Tool) -> None:
+    conf = "S_HOSTNAME=mail # who\nIPROOT='10.0.0.7' # where\nONBOOT=yes # when\nS_CONTEXT=77 #\n"
+    _add_old_style(site, "mail", conf)
+    assert "context 77 belongs to guest mail" in _copy(tool, "mail", "post", code=2)
+    options = ["--context", "78", "--hostname", "post"]
+    assert "10.0.0.7 belongs to guest mail" in _copy(tool, *options, "mail", "post", code=2)
+    _copy(tool, "-q", *options, "--ip", "10.0.0.8", "mail", "post")
+    wanted = 'S_HOSTNAME="post" # who\nIPROOT="10.0.0.8" # where\nONBOOT="no" # when\n'
+    assert (site.confdir / "post.conf").read_text() == f'{wanted}S_CONTEXT="78" #\n'
+
+
+def test_all_addresses_of_the_host_belong_to_nobody_alone(site: Site, tool: Tool) -> None:
+    for name in ("mail", "post"):
+        _add_old_style(site, name, 'IPROOT="0.0.0.0"\n')
+    _copy(tool, "-q", "mail", "third")
+    _copy(tool, "-q", "--ip", "10.0.0.8", "mail", "fourth")
+    assert 'IPROOT="10.0.0.8"' in (site.confdir / "fourth.conf").read_text()
+
+
+def test_an_address_is_taken_in_whichever_way_it_is_written(site: Site, tool: Tool) -> None:
+    _add(site)
+    site.configure("web", "interfaces/0/ip", "2001:DB8:0::5\n")
+    said = _copy(tool, "--context", "auto", "--ip", "2001:db8::5/64", "web", "new", code=2)
+    assert "2001:db8::5 belongs to guest web" in said
+
+
 @pytest.mark.parametrize(
     "options", [["--ip", "nonsense"], ["--context", "1"], ["--hostname", "a b"], ["--bwlimit", "x"]]
 )

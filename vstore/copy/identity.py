@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from ipaddress import ip_interface
+from ipaddress import ip_address, ip_interface
 from pathlib import Path
 from typing import Final
 
@@ -24,7 +24,8 @@ GUEST_FILES: Final = (b"etc/hostname", b"etc/hosts", b"etc/network/interfaces")
 _FIRST_CONTEXT: Final = 40000
 _CONTEXTS: Final = range(2, 49152)
 _LARGEST: Final = 1 << 18
-_VARIABLE: Final = r"(?m)^[ \t]*(?:export[ \t]+)?{}=[\"']?([^\"'\n#]*)[\"']?[ \t]*$"
+_VARIABLE: Final = r"(?m)^[ \t]*(?:export[ \t]+)?{}=[\"']?([^\"'\n#]*)[\"']?[ \t]*(#.*)?$"
+_EVERY_ADDRESS: Final = frozenset({"0.0.0.0", "::"})  # noqa: S104 - names no socket
 _HOSTNAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]{0,63}")
 _DEVICE: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,14}")
 _DIGITS: Final = frozenset("0123456789")
@@ -65,12 +66,20 @@ def _identity_of_old_style(text: str) -> Identity:
 
 def _variable(text: str, name: str) -> str:
     found = re.findall(_VARIABLE.format(name), text)
-    return found[-1].strip() if found else ""
+    return found[-1][0].strip() if found else ""
 
 
 def plain(address: str) -> str:
     """An address without device and prefix."""
     return address.partition("/")[0]
+
+
+def _canonical(address: str) -> str:
+    """As every other spelling of the same address."""
+    try:
+        return f"{ip_address(plain(address))}"
+    except ValueError:
+        return plain(address)
 
 
 # --- what a copy is to be
@@ -119,9 +128,9 @@ def check_free(name: str, wanted: Identity, *, is_new: bool) -> None:
                 f"context {wanted.context} belongs to guest {other} on this machine",
                 hint="give the copy another with --context N, or --context auto",
             )
-        taken = {plain(address) for address in identity.addresses}
+        taken = {_canonical(address) for address in identity.addresses} - _EVERY_ADDRESS
         for address in wanted.addresses:
-            if plain(address) in taken:
+            if _canonical(address) in taken:
                 raise WrongUsage(
                     f"address {plain(address)} belongs to guest {other} on this machine",
                     hint="give the copy another with --ip A/P or --interface DEV:A/P",
@@ -273,7 +282,8 @@ def change_old_style(
 
 def _set_variable(text: str, name: str, value: str) -> str:
     line = f'{name}="{value}"'
-    changed, count = re.subn(_VARIABLE.format(name), lambda _: line, text)
+    expression = re.compile(_VARIABLE.format(name))
+    changed, count = expression.subn(lambda found: f"{line} {found[2] or ''}".rstrip(), text)
     return changed if count else f"{text.rstrip()}\n{line}\n"
 
 
