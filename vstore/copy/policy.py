@@ -4,7 +4,8 @@ CONFDIR/.defaults/apps/vserver-copy/policy is a text of words, with comments beh
 
     prove       whoever sends must prove that it has each content that is here already
     devices     device nodes of all kinds may come, not those alone that each guest has
-    scripts     the configuration's scripts, which run as the host's root, come along
+    scripts     the configuration's scripts, which run as the host's root, come along; so does
+                an old-style NAME.conf that is more than assignments
 """
 
 import os

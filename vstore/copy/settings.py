@@ -15,8 +15,8 @@ from typing import Final
 
 from vstore.copy.identity import change_old_style, change_settings
 from vstore.copy.messages import Hostile, Identity, Setting, as_text
-from vstore.copy.policy import Policy
-from vstore.errors import ConfigInvalid, ToolError
+from vstore.copy.policy import Policy, policy_path
+from vstore.errors import ConfigInvalid, NotPermitted, ToolError
 from vstore.guest import Guest, confdir
 
 _LEFT_BEHIND: Final = frozenset({"vdir", "run", "cache"})
@@ -25,6 +25,11 @@ _ALL: Final = 3 << 20  # bytes of all settings together: they travel in one mess
 _MOST: Final = 5000
 _NAME: Final = re.compile(r"[^/\0\n]{1,255}")
 _SCRIPTS: Final = ("sh", "d/scripts")
+_ASSIGNMENT: Final = re.compile(
+    rb"[ \t]*((export[ \t]+)?[A-Za-z_]\w*=(\"[^\"$`\\]*\"|'[^']*'|[\w@%+=:,./-]*)[ \t]*;?[ \t]*)?"
+    rb"(#.*)?"
+)
+"""A line of NAME.conf that does no more than to set a variable."""
 
 
 def is_old_style(guest: Guest) -> bool:
@@ -98,7 +103,8 @@ def _read(name: str, path: Path) -> Setting:
 def check_settings(settings: Sequence[Setting], policy: Policy) -> tuple[list[Setting], list[str]]:
     """The settings that may be made here, and what is left out and why.
 
-    Raises Hostile for paths that lead out of the guest's configuration.
+    Raises Hostile for paths that lead out of the guest's configuration, NotPermitted for an
+    old-style guest's that is more than assignments.
     """
     kept: list[Setting] = []
     left: list[str] = []
@@ -109,6 +115,8 @@ def check_settings(settings: Sequence[Setting], policy: Policy) -> tuple[list[Se
             raise Hostile(f"the setting {item.path!r} twice")
         seen.add(item.path)
         target = os.fsdecode(item.content) if item.kind == "l" else ""
+        if item.path == "conf" and not policy.scripts:
+            _check_assignments(item.content)
         if not policy.scripts and item.path.startswith(_SCRIPTS):
             if item.kind == "f":
                 left.append(f"{_show(item)}: a script that runs as root: the policy can allow it")
@@ -117,6 +125,18 @@ def check_settings(settings: Sequence[Setting], policy: Policy) -> tuple[list[Se
         else:
             kept.append(item)
     return kept, left
+
+
+def _check_assignments(content: bytes) -> None:
+    """A shell reads it when the guest is started, as the host's root."""
+    for number, line in enumerate(content.split(b"\n"), start=1):
+        if not _ASSIGNMENT.fullmatch(line):
+            raise NotPermitted(
+                f"the guest's .conf runs shell code as root: line {number}: "
+                f"{os.fsdecode(line[:80])}",
+                hint="make it plain assignments, or allow it where the copy comes to stand, with "
+                f"the word `scripts` in {policy_path()}",
+            )
 
 
 def _show(item: Setting) -> str:
