@@ -3,6 +3,8 @@
 import json
 import os
 import shlex
+import signal
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from tests.fixtures.probes import need, on
 from tests.fixtures.sshd import PROGRAM, run_sshd
 from tests.fixtures.trees import COPY_MAY_DIFFER, File, differences, snapshot
 from tests.fixtures.vservers import Host, host_for_guests
+from tests.fixtures.windows import wait_for
 
 pytestmark = [need("root", "immutable", "lease"), on("ext4")]
 
@@ -221,6 +224,46 @@ def test_a_guest_that_runs_is_moved_and_its_downtime_said(host: Host, tool: Tool
         snapshot(source), snapshot(host.etc.vdirbase / "new"), ignoring=COPY_MAY_DIFFER
     )
     assert [line for line in found if "mtime" not in line] == []
+
+
+@need("cgroup_freezer")
+def test_who_interrupts_the_last_pass_is_told_that_the_guest_is_stopped(
+    host: Host, tool: Tool
+) -> None:
+    root = host.add_busybox("web")
+    (root / "large").write_bytes(os.urandom(4 << 20))
+    host.vserver("web", "start")
+    host.names.append("new")
+    options = ["--stop", "--hostname", "shop", "--context", "auto", "--bwlimit", "4M"]
+    with subprocess.Popen(
+        [PROGRAM, "-q", *options, "web", "new"], stderr=subprocess.PIPE, text=True
+    ) as copying:
+        wait_for(lambda: any(host.etc.vdirbase.glob("new.copy-*")))
+        (root / "later").mkdir()
+        (root / "later/large").write_bytes(os.urandom(20 << 20))
+        wait_for((host.etc.confdir / "new").exists)
+        wait_for(lambda: any(host.etc.vdirbase.glob("new.copy-*/arrived/part-*")))
+        copying.send_signal(signal.SIGINT)
+        said = copying.communicate()[1]
+    assert copying.returncode == 130
+    assert "guest web was stopped, and nothing else was done to it; go on with --refresh" in said
+    done = tool("vserver-copy", *options, "--refresh", "web", "new")
+    assert done.returncode == 0, done.stderr
+    host.vserver("web", "start")
+
+
+@need("cgroup_freezer")
+def test_the_last_pass_does_not_warn_of_what_the_first_has_done(host: Host, tool: Tool) -> None:
+    log = host.add_busybox("web") / "log"
+    host.vserver("web", "start")
+    host.names.append("new")
+    with subprocess.Popen(["sh", "-c", f"while :; do date +%s%N >{log}; sleep 0.01; done"]) as date:
+        try:
+            options = ["-q", "--stop", "--hostname", "shop", "--context", "auto"]
+            assert _copy(tool, *options, "web", "new") == ""
+        finally:
+            date.kill()
+    assert (host.etc.confdir / "new/uts/nodename").read_text() == "shop\n"
 
 
 @need("cgroup_freezer", "sshd")

@@ -1,9 +1,15 @@
-"""What SOURCE and TARGET of vserver-copy mean."""
+"""What SOURCE and TARGET of vserver-copy mean, and what is said of a guest that was stopped."""
+
+from typing import cast
 
 import pytest
 
-from vstore.copy.order import Place, parse_place
-from vstore.errors import WrongUsage
+from vstore.copy import copying
+from vstore.copy.messages import Dialogue, Done, Hostile, Request, Source
+from vstore.copy.order import Order, Place, Report, parse_place
+from vstore.copy.wire import ConnectionLost
+from vstore.errors import NoSpace, ToolError, WrongUsage
+from vstore.progress import SILENT
 
 
 @pytest.mark.parametrize(
@@ -29,3 +35,21 @@ def test_places_are_understood(text: str, place: Place) -> None:
 def test_places_that_cannot_be_are_refused(text: str) -> None:
     with pytest.raises(WrongUsage):
         parse_place(text)
+
+
+@pytest.mark.parametrize("error", [Hostile("nonsense"), ConnectionLost("cut"), NoSpace("full")])
+def test_whatever_ends_the_last_pass_says_that_the_guest_is_stopped(
+    monkeypatch: pytest.MonkeyPatch, error: ToolError
+) -> None:
+    order = Order(Place("", "", "web"), Place("", "", "new"), Request("receive"), stop=True)
+    run = copying._Run(order, cast(Dialogue, None), SILENT, Report())
+
+    def end(_: Request) -> Source:
+        raise error
+
+    monkeypatch.setattr(run, "_pass", end)
+    monkeypatch.setattr(copying, "run_vserver", lambda *_: Done(0))
+    with pytest.raises(type(error)) as found:
+        run._stop_and_pass()
+    assert "guest web was stopped" in found.value.message
+    assert "vserver web start" in (found.value.hint or "")

@@ -2,7 +2,8 @@
 
 import logging
 import time
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Final
 
 import msgspec
@@ -102,24 +103,39 @@ class _Run:
         order = self._order
         began = time.monotonic()
         name = order.source.name
-        done = self._act(name, "stop", is_remote=bool(order.source.host))
+        with self._said_of_the_source("may have been stopped"):
+            done = self._act(name, "stop", is_remote=bool(order.source.host))
         if done.status:
             raise ToolError(
                 f"guest {name}: cannot be stopped (vserver ended with {done.status}): {done.said}",
                 hint="the copy is as the guest was while it ran; stop it and use --refresh",
             )
-        try:
-            again = msgspec.structs.replace(order.request, refresh=True)
-            self._pass(again)
+        with self._said_of_the_source("was stopped, and nothing else was done to it"):
+            # the first pass has made what the copy is to be
+            self._pass(
+                msgspec.structs.replace(
+                    order.request, refresh=True, hostname="", addresses=[], context=0
+                )
+            )
             if order.start:
                 self._start()
-        except ToolError as error:
-            where = f"on {order.source.host}: " if order.source.host else ""
-            raise type(error)(
-                f"{error.message} (guest {name} was stopped, and nothing else was done to it)",
-                hint=f"go on with --refresh, or start it again {where}vserver {name} start",
-            ) from error
         self._report.downtime_s = time.monotonic() - began
+
+    @contextmanager
+    def _said_of_the_source(self, what: str) -> Iterator[None]:
+        """Whatever ends the copy in here, the person is told what became of the guest."""
+        source = self._order.source
+        where = f"on {source.host}: " if source.host else ""
+        told = f"guest {source.name} {what}"
+        how = f"go on with --refresh, or start it again {where}vserver {source.name} start"
+        try:
+            yield
+        except ToolError as error:
+            error.message, error.hint = f"{error.message} ({told})", how
+            raise
+        except BaseException:
+            log.warning("%s; %s", told, how)
+            raise
 
     def _start(self) -> None:
         name = self._order.target.name
