@@ -123,6 +123,16 @@ def is_immutable(fd: int) -> bool:
         return False
 
 
+def is_fixed(fd: int) -> bool:
+    """Whether the inode behind `fd` can have no other name, since it is immutable or append-only;
+    False where the file system has no flags.
+    """
+    try:
+        return bool(get_flags(fd) & (FS_IMMUTABLE_FL | FS_APPEND_FL))
+    except OSError:
+        return False
+
+
 def project_id(fd: int) -> int:
     """The project id (quota) of the inode behind `fd`; 0 where the file system has none.
 

@@ -165,6 +165,26 @@ def test_what_the_copy_has_changed_is_made_anew_too(site: Site, tool: Tool, root
     _check(site, tool, before, b"var")
 
 
+@pytest.mark.parametrize("flag", ["a", "i"])
+def test_what_can_have_no_other_name_is_made_anew(
+    site: Site, tool: Tool, root: Path, flag: str
+) -> None:
+    """A file of the copy that was made append-only, or immutable, stands in no refresh's way."""
+    kept = site.root("copy") / "var/log/syslog"
+    subprocess.run(["chattr", f"+{flag}", kept], check=True)
+    (root / "var/log/other").write_text("new")
+    before = snapshot(site.root("copy"))
+    try:
+        _refresh(tool)
+    finally:
+        for path in (kept, *site.vdirbase.glob("copy.copy-*/tree/syslog")):
+            subprocess.run(["chattr", f"-{flag}", path], check=True)
+    (root / "var/log/other").write_text("newer")
+    _refresh(tool)
+    _check(site, tool, before, b"var/log")
+    assert not list(site.vdirbase.glob("copy.copy-*"))
+
+
 @on("ext4")
 @pytest.mark.parametrize("side", ["web", "copy"])
 def test_what_cannot_be_read_is_never_nothing_to_do(

@@ -205,6 +205,6 @@ def meta_of(row: Row) -> placer.Meta:
 
 def _looks_as(fd: int, status: os.stat_result, row: Row) -> bool:
     found = (status.st_mode, status.st_uid, status.st_gid, status.st_mtime_ns)
-    if found != (row.mode, row.uid, row.gid, row.mtime_ns) or inode.is_immutable(fd):
+    if found != (row.mode, row.uid, row.gid, row.mtime_ns) or inode.is_fixed(fd):
         return False
     return digest_of_xattrs(inode.load_xattrs(fd).items()) == digest_of_xattrs(row.xattrs)
