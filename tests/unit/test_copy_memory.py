@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vstore.copy.ahead import Ahead
+from vstore.copy.batches import Tally
 from vstore.copy.incoming import Follower
 from vstore.copy.known import Contents
 from vstore.copy.shelf import Shelf
@@ -164,3 +165,13 @@ def test_a_base_that_changes_meanwhile_is_noticed(tmp_path: Path) -> None:
         base.write_bytes(b"x" * 9001)
         assert follower.end() == b""
         follower.close()
+
+
+def test_so_many_entries_as_are_left_out_or_fail_are_named_in_bounded_room() -> None:
+    tally = Tally()
+    for number in range(5000):
+        tally.note_left_out(b"%d" % number * 2000, "a device node")
+        tally.note_error(b"%d" % number * 2000, "cannot be made")
+    assert len(tally.left_out) == len(tally.errors) == 1000
+    assert sum(len(path) for path, _ in tally.left_out) <= 4_000_000
+    assert tally.error_count == 5000

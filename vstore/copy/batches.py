@@ -44,7 +44,8 @@ class Tally:
             self.errors.append((join(self.below, path)[:_SHOWN], reason[:_SHOWN]))
 
     def note_left_out(self, path: bytes, reason: str) -> None:
-        self.left_out.append((join(self.below, path)[:_SHOWN], reason))
+        if len(self.left_out) < _NAMED_AT_MOST:
+            self.left_out.append((join(self.below, path)[:_SHOWN], reason))
 
 
 @dataclass(slots=True)
