@@ -10,12 +10,14 @@ from blake3 import blake3
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vstore.copy import listing
 from vstore.copy.ahead import Ahead
 from vstore.copy.batches import Tally
 from vstore.copy.incoming import Follower
 from vstore.copy.known import Contents
 from vstore.copy.shelf import Shelf
 from vstore.copy.table import Table
+from vstore.exclude import parse
 from vstore.pool import Identity
 
 
@@ -175,3 +177,27 @@ def test_so_many_entries_as_are_left_out_or_fail_are_named_in_bounded_room() -> 
     assert len(tally.left_out) == len(tally.errors) == 1000
     assert sum(len(path) for path, _ in tally.left_out) <= 4_000_000
     assert tally.error_count == 5000
+
+
+def test_names_that_are_elsewhere_are_awaited_in_bounded_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of inodes with one more name in a backup; some have another name here."""
+    monkeypatch.setattr(listing, "Table", lambda: Table[int, bytes](50))
+    (tmp_path / "backup").mkdir()
+    (tmp_path / "web/more").mkdir(parents=True)
+    for number in range(300):
+        path = tmp_path / f"web/{number}"
+        path.write_bytes(b"%d" % number)
+        (tmp_path / f"backup/{number}").hardlink_to(path)
+        if not number % 10:
+            (tmp_path / f"web/more/{number}").hardlink_to(path)
+    fd = os.open(tmp_path / "web", os.O_RDONLY)
+    found = listing.Listing(fd, None, parse(b"", source=""), rewritten={}, is_still=True)
+    rows = [row for batch in found.batches() for _, row in batch.rows()]
+    names = [row.name for row in rows]
+    links = {row.name: names[at - row.link] for at, row in enumerate(rows) if row.link}
+    assert links == {b"%d" % number: b"%d" % number for number in range(0, 300, 10)}
+    assert len(found._groups._rows) < 50
+    found.close()
+    os.close(fd)

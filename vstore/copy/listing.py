@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final
 
+import msgspec
 from blake3 import blake3
 
 from vstore import index, inode, lease
@@ -25,6 +26,7 @@ from vstore.copy.messages import SMALL
 from vstore.copy.outline import Outline
 from vstore.copy.packing import Listed, Packer
 from vstore.copy.shelf import Inodes
+from vstore.copy.table import Table
 from vstore.digest import digest_content
 from vstore.exclude import Excludes
 from vstore.folders import Folder, Missed, join, walk_folders
@@ -57,14 +59,17 @@ class Found:
         self.skipped[reason] = self.skipped.get(reason, 0) + 1
 
 
-@dataclass(slots=True)
-class _Group:
+class _Group(msgspec.Struct, array_like=True, gc=False):
     """An inode with several names: its first row, the folder and name of that, names to come."""
 
     first: int
     folder: bytes
     name: bytes
     names: int
+
+
+_encode: Final = msgspec.msgpack.Encoder().encode
+_decode: Final = msgspec.msgpack.Decoder(_Group).decode
 
 
 class Listing:
@@ -99,13 +104,15 @@ class Listing:
         self._objects = Inodes(pool if has_objects else None)
         self._digests = Digests(pool if has_objects else None, root_fd)
         self._contents = Contents() if keeps_contents else None
-        self._groups: dict[int, _Group] = {}
+        # nobody may ever list the other names: they are in a backup, or in other guests
+        self._groups: Table[int, bytes] = Table()
         lease.ignore_break_signals()
 
     def close(self) -> None:
         """Keep the new digests for the next run."""
         self._digests.close()
         self._objects.close()
+        self._groups.close()
         if self.outline is not None:
             self.outline.close()
 
@@ -237,8 +244,8 @@ class Listing:
             return
         is_group = status.st_nlink > 1 and not link and not is_rewritten
         if is_group:
-            first = self.packer.next_row
-            self._groups[status.st_ino] = _Group(first, folder.path, name, status.st_nlink - 1)
+            group = _Group(self.packer.next_row, folder.path, name, status.st_nlink - 1)
+            self._groups.put(index.signed(status.st_ino), _encode(group))
         is_alone = status.st_nlink == 1 and can_be_object(row, min_size=_MIN_SIZE)
         is_shared = is_alone and not rules.is_excluded(b"/" + path)
         yield from self.packer.add(folder.path, row, key, is_shared=is_shared, is_group=is_group)
@@ -246,12 +253,16 @@ class Listing:
 
     def _find_group(self, status: os.stat_result, folder: bytes) -> int:
         """How many rows back the first name of the same inode is; 0 for the first one."""
-        group = self._groups.get(status.st_ino)
-        if status.st_nlink < 2 or group is None:
+        ino = index.signed(status.st_ino)
+        packed = self._groups.get(ino) if status.st_nlink > 1 else None
+        if packed is None:
             return 0
+        group = _decode(packed)
         group.names -= 1
-        if not group.names:
-            del self._groups[status.st_ino]
+        if group.names:
+            self._groups.put(ino, _encode(group))
+        else:
+            self._groups.drop(ino)
         if self.outline is not None and group.folder != folder:
             self.outline.tie(group.folder, group.name, folder)
         return self.packer.next_row - group.first

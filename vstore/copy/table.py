@@ -10,7 +10,7 @@ _IN_MEMORY: Final = 40_000
 """Rows, of some 300 bytes each."""
 
 Key = TypeVar("Key", int, str, bytes)
-Value = TypeVar("Value", int, str)
+Value = TypeVar("Value", int, str, bytes)
 
 
 class Table(Generic[Key, Value]):
