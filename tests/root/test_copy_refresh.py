@@ -165,6 +165,28 @@ def test_what_the_copy_has_changed_is_made_anew_too(site: Site, tool: Tool, root
     _check(site, tool, before, b"var")
 
 
+@on("ext4")
+@pytest.mark.parametrize("mode", [0o700, 0o755])
+def test_what_an_administrator_named_like_a_leftover_stays(
+    site: Site, tool: Tool, root: Path, mode: int
+) -> None:
+    """A backup with the date behind `.copy-`, a folder with one of ours in it, another guest."""
+    backup = site.vdirbase / "copy.copy-20260731"
+    backup.mkdir()
+    shutil.copytree(site.root("copy") / "etc", backup / "etc")
+    (site.vdirbase / "copy.copy-20260801/tree").mkdir(parents=True)
+    (site.vdirbase / "copy.copy-20260801/note").write_text("mine")
+    site.add_guest("copy.copy-deadbeef", [File("tree/file", b"a guest's")])
+    others = [path for path in site.vdirbase.iterdir() if ".copy-" in path.name]
+    for path in others:
+        path.chmod(mode if path.name != "copy.copy-deadbeef" else 0o755)
+    before = {path: snapshot(path) for path in others}
+    (root / "etc/conf").write_text("changed")
+    _refresh(tool)
+    assert _differences(site) == []
+    assert {path: snapshot(path) for path in others} == before
+
+
 @pytest.mark.parametrize("flag", ["a", "i"])
 def test_what_can_have_no_other_name_is_made_anew(
     site: Site, tool: Tool, root: Path, flag: str

@@ -35,6 +35,8 @@ from vstore.remove import Tree
 
 MARK: Final = ".copy-"
 _LONGEST_STEM: Final = 200
+_FOLDERS: Final = ("tree", "arrived")
+_MODE: Final = 0o700
 
 
 @dataclass(slots=True)
@@ -187,10 +189,10 @@ def open_area(parent: Path, target: str) -> Iterator[Area]:
 
 def _make(parent: Path, parent_fd: int, stem: str, stack: ExitStack) -> Area:
     name = os.fsencode(stem + secrets.token_hex(4))
-    os.mkdir(name, 0o700, dir_fd=parent_fd)
+    os.mkdir(name, _MODE, dir_fd=parent_fd)
     fd = _open(name, parent_fd, stack)
     fcntl.flock(fd, fcntl.LOCK_EX)
-    for folder in ("tree", "arrived"):
+    for folder in _FOLDERS:
         os.mkdir(folder, 0o700, dir_fd=fd)
     return Area(
         parent, parent_fd, name, fd, _open(b"tree", fd, stack), _open(b"arrived", fd, stack)
@@ -206,10 +208,21 @@ def _find_leftovers(parent: Path, parent_fd: int, stem: str, stack: ExitStack) -
         with suppress(OSError):
             fd = _open(name, parent_fd, stack)
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not _is_area(fd):
+                continue
             arrived_fd = -1
             with suppress(OSError):
                 arrived_fd = _open(b"arrived", fd, stack)
             yield Area(parent, parent_fd, name, fd, -1, arrived_fd)
+
+
+def _is_area(fd: int) -> bool:
+    """Whether a folder of such a name is one that we made: somebody's `web.copy-20260731` is none,
+    nor is another guest.
+    """
+    status = os.fstat(fd)
+    is_ours = (status.st_uid, stat.S_IMODE(status.st_mode) & 0o777) == (os.geteuid(), _MODE)
+    return is_ours and set(os.listdir(fd)) <= set(_FOLDERS)
 
 
 def _open(name: bytes, folder_fd: int, stack: ExitStack) -> int:
