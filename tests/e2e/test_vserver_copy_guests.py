@@ -216,6 +216,7 @@ def test_a_guest_that_runs_is_moved_and_its_downtime_said(host: Host, tool: Tool
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert 0 < report["downtime_seconds"] < 60
+    assert report["bytes_already_there"] + report["bytes_lacking"] == report["bytes_total"]
     host.vserver("web", "running", code=1)
     host.vserver("new", "running")
     assert host.inside("new", "hostname").strip() == "web"

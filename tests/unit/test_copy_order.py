@@ -16,7 +16,9 @@ from vstore.progress import SILENT
     ("text", "place"),
     [
         ("web", Place("", "", "web")),
+        ("web/", Place("", "", "web")),
         ("other:", Place("other", "", "")),
+        ("other:web/", Place("other", "", "web")),
         ("other:web", Place("other", "", "web")),
         ("root@other:web", Place("other", "root", "web")),
         ("me@corp@other:web", Place("other", "me@corp", "web")),

@@ -36,7 +36,8 @@ def parse_place(text: str) -> Place:
     if found is None:
         raise WrongUsage(f"{text!r} is neither a guest nor [user@]host:GUEST")
     host = (found["host"] or "").removeprefix("[").removesuffix("]")
-    return Place(host, found["user"] or "", found["name"])
+    name = found["name"].removesuffix("/")  # as shells complete it
+    return Place(host, found["user"] or "", name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,11 @@ class Report:
     passes: int = 0
     result: Result = field(default_factory=Result)
     warnings: list[str] = field(default_factory=list)
+
+    @property
+    def bytes_already_there(self) -> int:
+        """What no pass had to send."""
+        return max(0, self.result.bytes_total - self.bytes_lacking)
 
 
 def check(order: Order) -> None:
