@@ -192,6 +192,17 @@ def test_a_setting_whose_name_cannot_travel_is_named(site: Site, tool: Tool, kin
     assert "its name is no UTF-8" in _copy(tool, "web", "new", code=7)
 
 
+def test_a_guest_of_many_addresses_is_copied(site: Site, tool: Tool) -> None:
+    _add(site)
+    for number in range(1, 400):
+        site.configure(
+            "web", f"interfaces/{number:03}/ip", f"10.1.{number // 250}.{number % 250}\n"
+        )
+    asked = [f"--ip=10.2.{number // 250}.{number % 250}" for number in range(400)]
+    _copy(tool, "-q", "--context", "auto", *asked, "web", "new")
+    assert _key(site, "new", "interfaces/399/ip") == "10.2.1.149"
+
+
 def test_a_configuration_too_large_to_travel_is_refused(site: Site, tool: Tool) -> None:
     _add(site)
     for number in range(5):

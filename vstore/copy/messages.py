@@ -42,6 +42,7 @@ Count = Annotated[int, Meta(ge=0, le=_NUMBER_LIMIT)]
 RowNumber = Annotated[int, Meta(ge=0, le=_ROWS_AT_MOST)]
 Text = Annotated[str, Meta(max_length=4096)]
 Digest = Annotated[bytes, Meta(min_length=32, max_length=32)]
+Addresses = Annotated[list[Text], Meta(max_length=4096)]
 _Paths = Annotated[
     list[tuple[Annotated[bytes, Meta(max_length=1 << 16)], Text]], Meta(max_length=1000)
 ]
@@ -59,7 +60,7 @@ class Identity(msgspec.Struct, array_like=True):
     """What makes a machine of a guest: empty where it has none."""
 
     hostname: Text = ""
-    addresses: Annotated[list[Text], Meta(max_length=256)] = []
+    addresses: Addresses = []
     context: Annotated[int, Meta(ge=0, le=1 << 31)] = 0
 
 
@@ -78,7 +79,7 @@ class Request(msgspec.Struct, array_like=True):
     rate: Count = 0
     hostname: Text = ""
     interface: Text = ""  # DEV of --interface
-    addresses: Annotated[list[Text], Meta(max_length=256)] = []
+    addresses: Addresses = []
     context: Annotated[int, Meta(ge=-1, le=1 << 31)] = 0  # -1: auto; 0: as it is
 
 
