@@ -7,6 +7,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from blake3 import blake3
 
 from tests.fixtures.dialogues import DIR, ROOT, Tree, offer, relay, row, serving
 from tests.fixtures.filesystems import Site
@@ -26,8 +27,9 @@ _CONTENT = b"the same in both " * 9
 def _leave_area(site: Site) -> Path:
     """As a copy to `new` leaves its folder that was killed: the tree in it."""
     area = site.vdirbase / "new.copy-0123abcd"
-    (area / "arrived").mkdir(parents=True)
-    (area / "tree/etc").mkdir(parents=True)
+    area.mkdir(mode=0o700)
+    for folder in ("arrived", "tree", "tree/etc"):
+        (area / folder).mkdir()
     return area / "tree"
 
 
@@ -89,6 +91,17 @@ def test_equal_files_of_one_guest_come_once_and_are_objects_of_their_own(
     assert [path.stat().st_nlink for path in found] == [1 + is_object] * 2
     assert len(list_objects(site.pool)) == 2 * is_object
     assert find_faults(site.pool) == []
+
+
+@pytest.mark.parametrize("place", ["arrived", "tree/etc"])
+def test_what_another_sender_left_is_asked_for_where_proofs_are(site: Site, place: str) -> None:
+    """Whoever knows a digest alone would have the content in its guest."""
+    site.configure(".defaults", "apps/vserver-copy/policy", "prove\n")
+    left = _leave_area(site).parent / place / blake3(_CONTENT).hexdigest()
+    left.write_bytes(_CONTENT)
+    with serving() as dialogue:
+        offer(dialogue)
+        assert Tree(dialogue).announce(ROOT, (b"", [row(b"f", _CONTENT)])) == [1]
 
 
 # --- a file with several names that changes between the list and its turn

@@ -167,8 +167,10 @@ def fill(fd: int, content: bytes, mtime_ns: int) -> None:
 
 
 @contextmanager
-def open_area(parent: Path, target: str) -> Iterator[Area]:
+def open_area(parent: Path, target: str, *, takes_over: bool = True) -> Iterator[Area]:
     """A new area beside the target. It stays: whoever is done with it removes it.
+
+    `takes_over`: contents that arrived in earlier copies may be used, whoever sent them.
 
     Raises NoSpace, ToolError.
     """
@@ -183,7 +185,11 @@ def open_area(parent: Path, target: str) -> Iterator[Area]:
             kind = NoSpace if error.errno in (errno.ENOSPC, errno.EDQUOT) else ToolError
             raise kind(f"{parent}: cannot make a folder for the copy: {error.strerror}") from error
         area.leftovers = leftovers
-        area.take_over_small()
+        if takes_over:
+            area.take_over_small()
+        else:
+            for old in leftovers:
+                old.arrived_fd = -1
         yield area
 
 

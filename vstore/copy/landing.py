@@ -2,7 +2,6 @@
 the last steps, the one rename and what is cleaned up after it.
 """
 
-import logging
 import os
 import stat
 from contextlib import ExitStack, suppress
@@ -12,6 +11,7 @@ from typing import Final
 
 from vstore import inode, syscalls
 from vstore.copy.area import Area
+from vstore.copy.messages import as_text
 from vstore.copy.outline import NOTHING, Extent
 from vstore.errors import ToolError
 from vstore.guest import Guest
@@ -19,9 +19,8 @@ from vstore.pool import Pool, find_mount_id
 from vstore.remove import refuse_mounts, remove
 from vstore.scan import open_below
 
-log = logging.getLogger(__name__)
-
 _NAMED: Final = 5
+_SHOWN: Final = 4000
 _FIXED: Final = inode.FS_IMMUTABLE_FL | inode.FS_APPEND_FL
 
 
@@ -152,8 +151,10 @@ def drop_if_empty(area: Area) -> None:
         os.mkdir("arrived", 0o700, dir_fd=area.fd)
 
 
-def clean_up(area: Area, pool: Pool) -> None:
-    """Remove what a copy leaves: names of contents, the old tree, areas of earlier copies."""
+def clean_up(area: Area, pool: Pool) -> list[str]:
+    """Remove what a copy leaves: names of contents, the old tree, areas of earlier copies; gives
+    what could not be, and why.
+    """
     try:
         for name in area.list_arrived():
             os.unlink(name, dir_fd=area.arrived_fd)
@@ -164,10 +165,13 @@ def clean_up(area: Area, pool: Pool) -> None:
         else:
             os.rmdir(area.name, dir_fd=area.parent_fd)
         left = remove(trees, pool).errors if trees else []
-        for path, reason in left[:_NAMED]:
-            log.warning("%s: is left: %s", path, reason)
     except (OSError, ToolError) as error:
-        log.warning("%s: the old version is left: %s; delete it with: vpool rm", area.path, error)
+        left = [(os.fspath(area.path), f"{error}")]
+    then = f"delete it with: vpool rm {area.path}"
+    return [
+        as_text(f"{path}: the old version is left: {reason}; {then}")[:_SHOWN]
+        for path, reason in left[:_NAMED]
+    ]
 
 
 def _has_tree(area: Area) -> bool:

@@ -7,6 +7,7 @@ goes wrong before that leaves it as it was, and keeps what has arrived for the n
 import os
 from contextlib import ExitStack, suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Final
 
 from vstore import exclude, inode, syscalls
@@ -40,6 +41,7 @@ from vstore.guest import (
     Guest,
     confdir,
     hold_lock,
+    list_guests,
     load_guest,
     load_state,
     parse_name,
@@ -108,9 +110,23 @@ def _find_place(name: str, request: Request, stack: ExitStack) -> Place:
             f"there is a guest {name} already, with the tree {path}",
             hint="choose another name; --refresh brings the guest that is there up to date",
         )
+    _refuse_others(name, path)
     if os.path.lexists(path):
         _open_base(place, request, stack)
     return place
+
+
+def _refuse_others(name: str, path: Path) -> None:
+    """Another guest may have its tree there, whatever it is called. Raises WrongUsage."""
+    ours = path.resolve()
+    for other in list_guests(include_disabled=True):
+        theirs = other.root.resolve()
+        is_apart = not (ours.is_relative_to(theirs) or theirs.is_relative_to(ours))
+        if other.name != name and not is_apart:
+            raise WrongUsage(
+                f"{path}: is or holds the tree of guest {other.name}, or lies in it",
+                hint="choose another name",
+            )
 
 
 def _open_base(place: Place, request: Request, stack: ExitStack) -> None:
@@ -119,6 +135,13 @@ def _open_base(place: Place, request: Request, stack: ExitStack) -> None:
     except OSError as error:
         raise WrongUsage(f"{place.path}: is there already, and no folder") from error
     stack.callback(os.close, fd)
+    parent_fd = os.open(place.parent, inode.OPEN_FOLDER)
+    stack.callback(os.close, parent_fd)
+    if find_mount_id(fd) != find_mount_id(parent_fd):
+        raise WrongUsage(
+            f"{place.path}: something is mounted there, which cannot be exchanged for the copy",
+            hint="unmount it first, or choose another name",
+        )
     if not request.refresh and os.listdir(fd):  # noqa: PTH208 - by descriptor
         raise WrongUsage(
             f"{place.path}: is there already, and not empty",
@@ -220,7 +243,10 @@ class _Pass:
 
     def _check_room(self) -> int:
         """Free bytes. Raises NoSpace where not even the inodes suffice."""
-        room = os.statvfs(self._place.parent)
+        place = self._place.parent
+        while not place.exists():  # a dry run makes nothing
+            place = place.parent
+        room = os.statvfs(place)
         self._inodes = room.f_favail if room.f_files else 1 << 62
         if room.f_files and room.f_favail < _INODES:
             raise NoSpace(
@@ -336,7 +362,8 @@ class _Pass:
         """There is room for it: by what the sender measured, or by what was found out."""
         if not self._request.refresh:
             self._progress.phase("copy", self._source.bytes, "bytes")
-        with open_area(self._place.parent, self._place.leaf) as area:
+        parent, leaf = self._place.parent, self._place.leaf
+        with open_area(parent, leaf, takes_over=not self._policy.prove) as area:
             receiver = self._make_receiver(pool, area, base)
             try:
                 end = receiver.receive()
@@ -347,7 +374,7 @@ class _Pass:
                 raise
             finally:
                 receiver.close()
-            clean_up(area, pool)
+            self._warnings += clean_up(area, pool)
             return self._result(receiver.tally, end)
 
     def _check(self, tally: Tally, end: End, area: Area) -> None:
