@@ -8,7 +8,7 @@ import pytest
 
 from tests.fixtures.vservers import Host, host_for_guests
 
-_INIT = "#!/bin/sh\nwhile :; do sleep 1; done\n"
+_INIT = "#!/bin/sh\nwhile :; do sleep 1000; done\n"
 
 
 @pytest.fixture
