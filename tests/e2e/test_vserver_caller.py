@@ -1,6 +1,7 @@
 """What a start has from its caller, and what it writes and says beside the guest."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -62,7 +63,7 @@ def _traits(pid: int) -> dict[str, str]:
         found[name] = (folder / name).read_text()
     for command in ("chrt --pid", "ionice --pid"):
         said = subprocess.check_output([*command.split(), str(pid)], text=True)
-        found[command] = said.replace(str(pid), "")
+        found[command] = re.sub(rf"\b{pid}\b", "PID", said)
     found["nice"] = str(os.getpriority(os.PRIO_PROCESS, pid))
     return found
 
