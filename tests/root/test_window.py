@@ -336,7 +336,7 @@ def test_the_keeper_is_killed_and_the_holder_closes_its_window_and_stops(shared:
 
 
 def test_the_lease_of_a_holder_lingers_though_its_keeper_is_killed(shared: Shared) -> None:
-    with _guarded_elsewhere(shared, 1.0) as (keeper, _, go_on), enemy(shared.web) as process:
+    with _guarded_elsewhere(shared, 3.0) as (keeper, _, go_on), enemy(shared.web) as process:
         wait_for(lambda: waits_in_lease(process.pid))
         os.kill(keeper, signal.SIGKILL)
         wait_for(lambda: state_of(keeper) == "Z")
