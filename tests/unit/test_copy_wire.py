@@ -167,6 +167,16 @@ def test_a_cut_connection_ends_both_ways() -> None:
             _send_much(channel)
 
 
+def test_who_goes_without_reading_has_cut_the_connection_too() -> None:
+    with _raw() as (channel, theirs):
+        channel.send(1, b"never read")
+        channel.flush()
+        theirs.close()
+        with pytest.raises(ConnectionLost, match="was cut: Connection reset") as found:
+            channel.receive()
+        assert found.value.hint == "what arrived is kept: run the command again"
+
+
 def test_silence_ends_the_connection() -> None:
     with _raw(silence_s=0.3) as (channel, theirs):
         theirs.sendall(_frame(b"x")[:-1])

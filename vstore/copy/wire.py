@@ -47,6 +47,7 @@ _PULSE_S: Final = 10.0
 _STEP: Final = 1 << 18  # bytes a write(2), so that a limited rate is even
 _LEVELS: Final = (-1, 1, 3, 5, 8)  # of zstd, for a link that is slower and slower than we
 _FRAMES_A_LOOK: Final = 8
+_AGAIN: Final = "what arrived is kept: run the command again"
 _SLOW: Final = 3.0  # times as long on the wire as in the compressor
 
 
@@ -187,6 +188,11 @@ class Channel:
                 self._show_inbox()
             self._lock.notify_all()
 
+    def _cut(self, error: OSError) -> ConnectionLost:
+        """Whoever ends with bytes of ours unread gives no end of the stream, but ECONNRESET."""
+        what = f"{self.peer}: the connection was cut: {error.strerror}"
+        return ConnectionLost(what, hint=_AGAIN)
+
     def _show_inbox(self) -> None:
         """Something is to be taken now. Under the lock."""
         if not self._is_closed:
@@ -205,9 +211,11 @@ class Channel:
                     self._put(kind, body)
         except ToolError as failure:
             self._fail(failure, is_read=True)
-        except (OSError, zstandard.ZstdError) as error:
-            broken = ConnectionLost(f"{self.peer}: the connection broke: {error}")
-            self._fail(broken, is_read=True)
+        except OSError as error:
+            self._fail(self._cut(error), is_read=True)
+        except zstandard.ZstdError as error:
+            damaged = ConnectionLost(f"{self.peer}: sent a damaged frame: {error}", hint=_AGAIN)
+            self._fail(damaged, is_read=True)
         finally:
             self._leave()
 
@@ -256,14 +264,14 @@ class Channel:
                 if time.monotonic() - silent_since > self._silence_s:
                     raise ConnectionLost(
                         f"{self.peer}: nothing came for {self._silence_s:.0f} seconds",
-                        hint="what arrived is kept: run the command again",
+                        hint=_AGAIN,
                     )
                 continue
             got = os.readv(self._fds[0], [view[done:]])
             if got == 0:
                 raise ConnectionLost(
                     f"{self.peer}: the connection was cut",
-                    hint="what arrived is kept: run the command again",
+                    hint=_AGAIN,
                 )
             done += got
             silent_since = time.monotonic()
@@ -290,13 +298,7 @@ class Channel:
                     self._outbox_bytes -= len(frame[1])
                     self._lock.notify_all()
         except OSError as error:
-            self._fail(
-                ConnectionLost(
-                    f"{self.peer}: the connection was cut: {error.strerror}",
-                    hint="what arrived is kept: run the command again",
-                ),
-                is_read=False,
-            )
+            self._fail(self._cut(error), is_read=False)
         except ToolError as failure:
             self._fail(failure, is_read=False)
         finally:
