@@ -300,9 +300,10 @@ def test_a_full_disk_there_leaves_the_target_and_keeps_what_arrived(
         )
         (machines.here.root("web") / "huge").write_bytes(os.urandom(70 << 20))
         arguments = [*machines.options()[:-1], command]
-        done = tool("vserver-copy", *arguments, "-q", "web", "127.0.0.1:")
-        assert done.returncode == 9, done.stderr
-        assert "free" in done.stderr
+        for order in ("-qn", "-q"):
+            done = tool("vserver-copy", *arguments, order, "web", "127.0.0.1:")
+            assert done.returncode == 9, done.stderr
+            assert "free" in done.stderr
         assert [path.name for path in (mount / "guests").iterdir()] == [".pool"]
         (machines.here.root("web") / "huge").unlink()
         done = tool("vserver-copy", *arguments, "-q", "web", "127.0.0.1:")

@@ -14,7 +14,7 @@ from tests.fixtures.filesystems import Site
 from tests.fixtures.probes import need, on
 from tests.fixtures.runs import find_faults, inode_of, list_objects
 from tests.fixtures.sshd import PROGRAM
-from tests.fixtures.trees import File, differences, snapshot
+from tests.fixtures.trees import File, Link, differences, snapshot
 from vstore.copy import messages as m
 from vstore.copy.manifest import Row
 from vstore.copy.messages import SMALL
@@ -133,10 +133,12 @@ def _leave_one(names: list[Path]) -> None:
 
 def _copy_while(site: Site, change: Callable[[list[Path]], None], most: int) -> m.Result:
     """Copy a guest, of which a file with three names is changed before it is sent, so often at
-    most.
+    most. Another one, with two names, is equal to it: its content comes with that.
     """
     names = [site.root("web") / name for name in ("a/first", "b/second", "b/third")]
-    site.add_guest("web", [File("a/first", os.urandom(SMALL + 99)), File("a/still", b"x" * 99)])
+    content = os.urandom(SMALL + 99)
+    rows = [File("a/first", content), File("a/still", b"x" * 99), File("y/equal", content)]
+    site.add_guest("web", [*rows, Link("z/more", "y/equal")])
     names[1].parent.mkdir()
     for name in names[1:]:
         os.link(names[0], name)
@@ -179,7 +181,8 @@ def test_all_names_of_a_file_that_changes_are_listed_again(
 
 
 def test_a_file_that_goes_on_changing_keeps_its_names(site: Site) -> None:
-    result = _copy_while(site, _append, 4)
+    result = _copy_while(site, _append, 5)
+    assert (site.root("new") / "y/equal").samefile(site.root("new") / "z/more")
     names = [site.root("new") / name for name in ("a/first", "b/second", "b/third")]
     assert len({inode_of(path) for path in names}) == 1
     assert names[0].read_bytes() == (site.root("web") / "a/first").read_bytes()

@@ -32,11 +32,10 @@ class Tally:
     left_out: list[tuple[bytes, str]] = field(default_factory=list)
 
     def take_back(self, size: int) -> None:
-        """A file that was to be sent is not what it was: it may be listed again."""
+        """A file is not made of this row: it may be listed again."""
+        self.made -= 1
         self.files -= 1
-        self.files_sent -= 1
         self.size -= size
-        self.lacking -= size
 
     def note_error(self, path: bytes, reason: str) -> None:
         self.error_count += 1
@@ -58,6 +57,7 @@ class OpenBatch:
     groups: frozenset[int]
     wanted: set[int] = field(default_factory=set)
     later: list[int] = field(default_factory=list)
+    waiting: frozenset[int] = frozenset()  # of those later: for a content that another row brings
     proven: list[tuple[int, str]] = field(default_factory=list)  # place, the object's name
     pins: list[str] = field(default_factory=list)
     nonce: bytes = b""

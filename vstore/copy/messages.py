@@ -163,12 +163,15 @@ class Batch(msgspec.Struct, array_like=True):
 
 
 class Want(msgspec.Struct, array_like=True):
-    """Which rows' contents are to be sent, a bit a row; which are to be proven, with what."""
+    """Which rows' contents are to be sent, a bit a row; which are to be proven, with what; and for
+    which the content waits that another row brings.
+    """
 
     batch: RowNumber
     wanted: Annotated[bytes, Meta(max_length=1024)]
     proven: Annotated[bytes, Meta(max_length=1024)] = b""
     nonce: Annotated[bytes, Meta(max_length=32)] = b""
+    waiting: Annotated[bytes, Meta(max_length=1024)] = b""
 
 
 class Base(msgspec.Struct, array_like=True):

@@ -17,6 +17,7 @@ import msgspec
 from blake3 import blake3
 
 from vstore.copy import blocks, placer
+from vstore.copy.again import Again
 from vstore.copy.area import Area
 from vstore.copy.batches import OpenBatch, Tally
 from vstore.copy.choice import Chooser, meta_of
@@ -54,7 +55,6 @@ log = logging.getLogger(__name__)
 
 _FOLDERS_A_JOB: Final = 500
 _MARGIN: Final = 16 << 20  # bytes that stay free
-_LOST_AT_MOST: Final = 100_000
 _OTHER_CONTENT: Final = "what arrived is not what the manifest says: its digest is another one"
 
 
@@ -90,7 +90,7 @@ class Receiver:
         self._digest = blake3()
         self._next_row = 0
         self._next_batch = 0
-        self._lost: set[int] = set()  # rows of first names that will be listed again, with others
+        self._again = Again()
         self._jobs = Jobs(dialogue.channel)
         self._staging = None if area is None else Staging(area)
         self._incoming: Incoming | None = None
@@ -285,7 +285,10 @@ class Receiver:
         proven = [place for place, _ in batch.proven]
         batch.nonce = secrets.token_bytes(32) if proven else b""
         bits = set_bits(proven, count) if proven else b""
-        self._dialogue.send(Want(batch.message.number, set_bits(asked, count), bits, batch.nonce))
+        batch.waiting = frozenset(place for place in batch.later if not batch.rows[place][1].link)
+        waiting = set_bits(sorted(batch.waiting), count) if batch.waiting else b""
+        number = batch.message.number
+        self._dialogue.send(Want(number, set_bits(asked, count), bits, batch.nonce, waiting))
 
     def _decide(
         self, batch: OpenBatch, place: int, path: bytes, row: Row, pinned: list[int]
@@ -383,6 +386,7 @@ class Receiver:
             batch, place = self._row(number)
             batch.wanted.discard(place)
             row = batch.rows[place][1]
+            self._again.note_sent(row)
             if len(content) == row.size and blake3(content).digest() == row.digest:
                 self._note_arrival(batch, place, content)
             else:
@@ -394,6 +398,7 @@ class Receiver:
         if is_good is None:
             return
         batch.wanted.discard(place)
+        self._again.note_sent(batch.rows[place][1])
         if is_good:
             self._note_arrival(batch, place, None)
         else:
@@ -420,16 +425,14 @@ class Receiver:
         path, row = batch.rows[place]
         batch.wanted.discard(place)
         self._its_incoming.drop(message.row)
-        self.tally.made -= 1
         self._chooser.forget(row.digest)
+        self.tally.take_back(row.size)
+        self.tally.files_sent -= 1
+        self.tally.lacking -= row.size
+        is_first = place in batch.groups and not message.is_error
+        self._again.note_gone(message.row, row, is_first=is_first)
         if message.is_error:
             self.tally.note_error(join(path, row.name), message.reason)
-            return
-        self.tally.take_back(row.size)
-        if place in batch.groups:
-            self._lost.add(message.row)
-            if len(self._lost) > _LOST_AT_MOST:
-                raise Hostile("more files with several names that change than can be")
 
     def _take_proofs(self, message: Proofs) -> None:
         batch = self._open.get(message.batch)
@@ -463,9 +466,11 @@ class Receiver:
     def _decide_later(self, batch: OpenBatch, place: int, pinned: list[int]) -> placer.Step | None:
         path, row = batch.rows[place]
         spot = (batch.first + place, path, row.name)
-        if row.link and spot[0] - row.link in self._lost:
-            self.tally.made -= 1
-            self.tally.files -= 1
+        is_first = place in batch.groups
+        if (row.link or place in batch.waiting) and self._again.takes(
+            spot[0], row, is_first=is_first
+        ):
+            self.tally.take_back(row.size)
             return None
         if row.link:
             return (placer.NAME, spot, spot[0] - row.link, row.mode)

@@ -191,7 +191,7 @@ class _Pass:
             self._dialogue.send(result)
             base = self._list_base(pool, stack)
         if self._request.dry_run or pool is None:
-            return self._find_out(pool, base, 1 << 62, stack)
+            return self._find_out(pool, base, room, stack)
         if self._is_same(base, stack):
             return self._same()
         return self._receive(pool, base)
@@ -323,7 +323,7 @@ class _Pass:
     def _find_out(
         self, pool: Pool | None, base: Listing | None, room: int, stack: ExitStack
     ) -> Result:
-        """What would be asked for, were it no dry run."""
+        """What would be asked for, were it no dry run. Raises NoSpace where there is no room."""
         if self._is_same(base, stack):
             return self._same()
         receiver = self._make_receiver(pool, None, base, room)
@@ -331,7 +331,7 @@ class _Pass:
             end = receiver.receive()
         finally:
             receiver.close()
-        if not self._request.dry_run and receiver.tally.inodes + _INODES > self._inodes:
+        if receiver.tally.inodes + _INODES > self._inodes:
             raise NoSpace(
                 f"{self._place.parent}: {receiver.tally.inodes} inodes are needed, {self._inodes} "
                 "are free",

@@ -10,7 +10,7 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Final
 
 import msgspec
@@ -18,6 +18,7 @@ from blake3 import blake3
 
 from vstore import extents, inode
 from vstore.copy import blocks
+from vstore.copy.again import Again
 from vstore.copy.known import Key
 from vstore.copy.listing import Listing
 from vstore.copy.manifest import Row, travelling
@@ -90,7 +91,7 @@ class Sender:
         self._bases: dict[int, tuple[Base, bytearray]] = {}
         self._base_bytes = 0
         self._changed: list[bytes] = []
-        self._lost: set[int] = set()  # rows of first names that did not go: the others go again
+        self._again = Again()
         self._torn: list[tuple[bytes, str]] = []
         self._copies: dict[bytes, int] = {}  # path -> descriptor of a copy that stays as it is
         self._small: list[tuple[int, bytes]] = []
@@ -202,11 +203,9 @@ class Sender:
             path, row = rows[place]
             if not row.is_file:
                 raise Hostile("a wish for the content of what is no file")
-            number = batch.first + place
-            if not self._send_row(number, path, row, batch.keys[place]) and place in batch.groups:
-                self._lost.add(number)
+            self._send_row(batch, place, path, row)
         self._send_small()
-        self._note_lost_names(batch, rows)
+        self._note_dependent(batch, rows, frozenset(list_bits(want.waiting, batch.count)))
         if proofs:
             self._dialogue.send(Proofs(batch.number, proofs))
         self._dialogue.send(Served(batch.number))
@@ -217,14 +216,19 @@ class Sender:
         self._progress.note(self._files, self._saved)
         self._progress.advance(size)
 
-    def _note_lost_names(self, batch: Listed, rows: Sequence[tuple[bytes, Row]]) -> None:
-        """More names of what could not be sent as it was listed: the receiver passes them by."""
-        for place, (path, row) in enumerate(rows if self._lost else ()):
-            if row.link and batch.first + place - row.link in self._lost:
+    def _note_dependent(
+        self, batch: Listed, rows: Sequence[tuple[bytes, Row]], waiting: Container[int]
+    ) -> None:
+        """Rows that need what another was to bring, which could not be sent, come again."""
+        for place, (path, row) in enumerate(rows):
+            is_first = place in batch.groups
+            if (row.link or place in waiting) and self._again.takes(
+                batch.first + place, row, is_first=is_first
+            ):
                 self._changed.append(join(path, row.name))
 
-    def _send_row(self, number: int, path: bytes, row: Row, key: Key | None) -> bool:
-        """False where the file is not what was listed any more: nothing was sent."""
+    def _send_row(self, batch: Listed, place: int, path: bytes, row: Row) -> None:
+        number, key = batch.first + place, batch.keys[place]
         full = join(path, row.name)
         base, digests = self._bases.pop(number, (None, bytearray()))
         self._base_bytes -= len(digests)
@@ -236,21 +240,19 @@ class Sender:
             else:
                 self._send_unchanged(number, path, row, key, base, bytes(digests))
             self.files_sent += 1
+            self._again.note_sent(row)
+            return
         except _Damaged:
-            self._drop(number, _DAMAGED, is_error=True)
+            gone = Gone(number, _DAMAGED, is_error=True)
         except _Changed:
             self._changed.append(full)
-            self._drop(number, _CHANGED, is_error=False)
-            return False
+            gone = Gone(number, _CHANGED, is_error=False)
         except OSError as error:
             is_error = error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
-            self._drop(number, f"cannot be read: {error.strerror}", is_error=is_error)
-            return is_error
-        return True
-
-    def _drop(self, number: int, reason: str, *, is_error: bool) -> None:
+            gone = Gone(number, f"cannot be read: {error.strerror}", is_error)
+        self._again.note_gone(number, row, is_first=place in batch.groups and not gone.is_error)
         self._send_small()
-        self._dialogue.send(Gone(number, reason, is_error))
+        self._dialogue.send(gone)
 
     def _send_unchanged(
         self,
