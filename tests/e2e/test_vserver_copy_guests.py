@@ -170,6 +170,48 @@ def test_an_address_is_taken_in_whichever_way_it_is_written(site: Site, tool: To
     assert "2001:db8::5 belongs to guest web" in said
 
 
+def test_a_loopback_address_belongs_to_nobody_alone(site: Site, tool: Tool) -> None:
+    _add(site)
+    site.configure("web", "interfaces/0/ip", "127.0.0.3\n")
+    site.configure("web", "interfaces/1/ip", "::1\n")
+    _copy(tool, "-q", "--context", "auto", "web", "new")
+    assert _key(site, "new", "interfaces/0/ip") == "127.0.0.3"
+
+
+def _copy_on_host_with(address: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """vserver-copy on a machine that has this one address."""
+    setup = f"ip address add {address} dev lo && exec {PROGRAM} {shlex.join(arguments)}"
+    return subprocess.run(
+        ["unshare", "--net", "sh", "-c", setup],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=100,
+    )
+
+
+def test_an_address_that_the_machine_has_itself_is_refused(site: Site) -> None:
+    _add(site)
+    options = ["-q", "--context", "auto", "--ip", "10.0.0.9/24"]
+    done = _copy_on_host_with("10.0.0.9/25", *options, "web", "new")
+    assert done.returncode == 2
+    assert "address 10.0.0.9 is this machine's own, on lo" in done.stderr
+    assert "--interface DEV:A/P, or take it from" in done.stderr
+    assert "ip address del 10.0.0.9/25 dev lo" in done.stderr
+    assert not site.root("new").exists()
+    done = _copy_on_host_with("10.0.0.5/24", "--context=auto", "web", "new")
+    assert "10.0.0.5 belongs to guest web" in done.stderr  # which runs, and has it there
+    assert _copy_on_host_with("10.0.0.8/24", *options, "web", "new").returncode == 0
+
+
+def test_a_device_that_is_asked_for_is_one_to_add_the_address_to(site: Site, tool: Tool) -> None:
+    _add(site)
+    site.configure("web", "interfaces/0/nodev", "")
+    _copy(tool, "-q", "--context", "auto", "--interface", "eth1:10.0.0.9/24", "web", "new")
+    assert _key(site, "new", "interfaces/0/dev") == "eth1"
+    assert not (site.confdir / "new/interfaces/0/nodev").exists()
+
+
 @pytest.mark.parametrize(
     "options", [["--ip", "nonsense"], ["--context", "1"], ["--hostname", "a b"], ["--bwlimit", "x"]]
 )

@@ -8,13 +8,14 @@ etc/network/interfaces. Only values that are exactly the old ones are changed.
 import fcntl
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import suppress
 from ipaddress import ip_address, ip_interface
 from pathlib import Path
 from typing import Final
 
 from vstore import inode
+from vstore.copy.hostaddresses import load_host_addresses
 from vstore.copy.messages import Identity, Setting
 from vstore.errors import ConfigInvalid, ToolError, WrongUsage
 from vstore.guest import LEFTOVER, confdir
@@ -25,10 +26,11 @@ _FIRST_CONTEXT: Final = 40000
 _CONTEXTS: Final = range(2, 49152)
 _LARGEST: Final = 1 << 18
 _VARIABLE: Final = r"(?m)^[ \t]*(?:export[ \t]+)?{}=[\"']?([^\"'\n#]*)[\"']?[ \t]*(#.*)?$"
-_EVERY_ADDRESS: Final = frozenset({"0.0.0.0", "::"})  # noqa: S104 - names no socket
 _HOSTNAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]{0,63}")
 _DEVICE: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,14}")
 _DIGITS: Final = frozenset("0123456789")
+_BOUND: Final = ("nodev", "only_ip")
+"""Keys of an address that exists already; the second is the older name of the first."""
 _ENTRY: Final = re.compile(r"d/interfaces/([^/]+)/ip")
 
 
@@ -54,14 +56,15 @@ def _list_ips(settings: Sequence[Setting]) -> list[str]:
 
 def _identity_of_old_style(text: str) -> Identity:
     context = _variable(text, "S_CONTEXT")
-    addresses = [
-        item.rpartition(":")[2]
-        for item in _variable(text, "IPROOT").split()
-        if item[0] in _DIGITS or ":" in item
-    ]
+    addresses = [item.rpartition(":")[2] for item in _list_iproot(text)]
     return Identity(
         _variable(text, "S_HOSTNAME"), addresses, int(context) if context.isdecimal() else 0
     )
+
+
+def _list_iproot(text: str) -> list[str]:
+    items = _variable(text, "IPROOT").split()
+    return [item for item in items if item[0] in _DIGITS or ":" in item]
 
 
 def _variable(text: str, name: str) -> str:
@@ -118,8 +121,19 @@ def _check_address(address: str, device: str) -> None:
         raise WrongUsage(f"{device!r} cannot be a device")
 
 
-def check_free(name: str, wanted: Identity, *, is_new: bool) -> None:
-    """Refuse a context or address that another guest of this machine has. Raises WrongUsage."""
+def check_free(
+    name: str,
+    wanted: Identity,
+    *,
+    settings: Sequence[Setting] = (),
+    devices: Sequence[str] = (),
+    is_new: bool,
+) -> None:
+    """Refuse a context or address that another guest of this machine has, or the machine itself.
+
+    `settings`, and the devices that were asked for: of an address that they say exists already
+    (`nodev`) only another guest is looked for. Raises WrongUsage, ToolError.
+    """
     for other, identity in list_identities():
         if other == name:
             continue
@@ -128,13 +142,59 @@ def check_free(name: str, wanted: Identity, *, is_new: bool) -> None:
                 f"context {wanted.context} belongs to guest {other} on this machine",
                 hint="give the copy another with --context N, or --context auto",
             )
-        taken = {_canonical(address) for address in identity.addresses} - _EVERY_ADDRESS
+        taken = {_canonical(address) for address in identity.addresses}
         for address in wanted.addresses:
-            if _canonical(address) in taken:
+            if _canonical(address) in taken and not _is_everybodys(address):
                 raise WrongUsage(
                     f"address {plain(address)} belongs to guest {other} on this machine",
                     hint="give the copy another with --ip A/P or --interface DEV:A/P",
                 )
+    _check_free_on_host(wanted, _list_bound(settings, devices, len(wanted.addresses)))
+
+
+def _check_free_on_host(wanted: Identity, bound: Set[int]) -> None:
+    asked = [
+        address
+        for place, address in enumerate(wanted.addresses)
+        if place not in bound and not _is_everybodys(address)
+    ]
+    if not asked:
+        return
+    taken = {found.address: found for found in load_host_addresses()}
+    for address in asked:
+        found = taken.get(_canonical(address))
+        if found is not None:
+            raise WrongUsage(
+                f"address {plain(address)} is this machine's own, on {found.device}",
+                hint="give the copy another with --ip A/P or --interface DEV:A/P, or take it from "
+                f"the machine: ip address del {found.address}/{found.prefix} dev {found.device}",
+            )
+
+
+def _is_everybodys(address: str) -> bool:
+    """Whether it belongs to nobody alone: a loopback of every machine, or all addresses."""
+    try:
+        found = ip_address(plain(address))
+    except ValueError:
+        return False
+    return found.is_loopback or found.is_unspecified
+
+
+def _list_bound(settings: Sequence[Setting], devices: Sequence[str], count: int) -> set[int]:
+    """Which of `count` addresses, by place, the host has already: no start adds them."""
+    paths = {item.path for item in settings}
+    is_added = True  # what stands in no entry yet
+    if "conf" in paths:
+        text = _texts(settings)["conf"]
+        is_added = bool(_variable(text, "IPROOTDEV"))
+        added = [is_added or ":" in item for item in _list_iproot(text)]
+    else:
+        folders = [path.removesuffix("/ip") for path in _list_ips(settings)]
+        added = [not paths & {f"{folder}/{key}" for key in _BOUND} for folder in folders]
+    added += [is_added] * (count - len(added))
+    return {
+        place for place in range(count) if not added[place] and not any(devices[place : place + 1])
+    }
 
 
 def list_identities() -> Iterator[tuple[str, Identity]]:
@@ -240,6 +300,8 @@ def change_settings(
                 found.pop(f"{entry}/mask", None)
         if devices[place]:
             put(f"{entry}/dev", devices[place])
+            found.pop(f"{entry}/nodev", None)
+            found.pop(f"{entry}/only_ip", None)
     if mark_off:
         found.pop("d/apps/init/mark", None)
     return [found[path] for path in sorted(found)]
