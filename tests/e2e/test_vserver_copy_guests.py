@@ -170,6 +170,47 @@ def test_an_address_is_taken_in_whichever_way_it_is_written(site: Site, tool: To
     assert "2001:db8::5 belongs to guest web" in said
 
 
+def test_what_the_guest_calls_itself_is_changed_where_its_configuration_has_no_name(
+    site: Site, tool: Tool
+) -> None:
+    _add(site)
+    (site.confdir / "web/uts/nodename").unlink()
+    options = ["-q", "--context", "auto", "--ip", "10.0.0.9"]
+    _copy(tool, *options, "--hostname", "shop", "web", "shop")
+    root = site.root("shop")
+    assert _key(site, "shop", "uts/nodename") == "shop"
+    assert (root / "etc/hostname").read_text() == "shop\n"
+    wanted = "127.0.0.1 localhost\n10.0.0.9 shop shop\n10.0.0.55 webster\n"
+    assert (root / "etc/hosts").read_text() == wanted
+    assert (root / "etc/other").read_text() == "web.example 10.0.0.5\n"
+    assert "nothing to do" in tool("vserver-copy", "--refresh", "web", "shop").stdout
+
+
+@pytest.mark.parametrize("text", ["localhost\n", "", "two names\n", "-x\n", "/etc\n"])
+def test_what_is_no_name_of_the_guest_is_left(site: Site, tool: Tool, text: str) -> None:
+    _add(site)
+    (site.confdir / "web/uts/nodename").unlink()
+    (site.root("web") / "etc/hostname").write_text(text)
+    options = ["-q", "--context", "auto", "--ip", "10.0.0.9"]
+    _copy(tool, *options, "--hostname", "shop", "web", "shop")
+    root = site.root("shop")
+    assert (root / "etc/hostname").read_text() == text
+    assert (root / "etc/hosts").read_text() == _HOSTS.replace("10.0.0.5 ", "10.0.0.9 ")
+
+
+def test_a_name_is_not_read_through_a_symlink_out_of_the_guest(site: Site, tool: Tool) -> None:
+    _add(site)
+    (site.confdir / "web/uts/nodename").unlink()
+    (site.vdirbase / "outside").write_text("web\n")
+    path = site.root("web") / "etc/hostname"
+    path.unlink()
+    path.symlink_to("../../outside")
+    options = ["-q", "--context", "auto", "--ip", "10.0.0.9"]
+    _copy(tool, *options, "--hostname", "shop", "web", "shop")
+    wanted = _HOSTS.replace("10.0.0.5 ", "10.0.0.9 ")
+    assert (site.root("shop") / "etc/hosts").read_text() == wanted
+
+
 def test_a_loopback_address_belongs_to_nobody_alone(site: Site, tool: Tool) -> None:
     _add(site)
     site.configure("web", "interfaces/0/ip", "127.0.0.3\n")

@@ -14,6 +14,8 @@ from ipaddress import ip_address, ip_interface
 from pathlib import Path
 from typing import Final
 
+import msgspec
+
 from vstore import inode
 from vstore.copy.hostaddresses import load_host_addresses
 from vstore.copy.messages import Identity, Setting
@@ -365,7 +367,12 @@ def _change_iproot(iproot: str, addresses: Sequence[str], devices: Sequence[str]
 
 
 def rewrite_files(root_fd: int, was: Identity, wanted: Identity) -> dict[bytes, bytes]:
-    """What those files of the guest say with the wanted identity; only those that change."""
+    """What those files of the guest say with the wanted identity; only those that change.
+
+    The old host name is what the guest calls itself where its configuration has none.
+    """
+    if wanted.hostname and not was.hostname:
+        was = msgspec.structs.replace(was, hostname=_own_hostname(root_fd))
     values = _values(was, wanted)
     if not values:
         return {}
@@ -378,6 +385,14 @@ def rewrite_files(root_fd: int, was: Identity, wanted: Identity) -> dict[bytes, 
         if new != content:
             changed[path] = new
     return changed
+
+
+def _own_hostname(root_fd: int) -> str:
+    """What the guest's etc/hostname says; "" where that is no host name of its own."""
+    lines = _read_guest_file(root_fd, b"etc/hostname").decode(errors="replace").splitlines()
+    words = [word for line in lines if not line.lstrip().startswith("#") for word in line.split()]
+    is_name = len(words) == 1 and _HOSTNAME.fullmatch(words[0]) is not None
+    return words[0] if is_name and words[0].partition(".")[0] != "localhost" else ""
 
 
 def _values(was: Identity, wanted: Identity) -> dict[bytes, bytes]:
