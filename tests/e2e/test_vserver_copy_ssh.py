@@ -163,7 +163,7 @@ def test_a_certificate_authority_alone_is_refused_with_what_to_do(
     done = _copy(tool, machines, *_by_hand(machines, known), "--accept-new")
     assert done.returncode == 6
     assert "@cert-authority" in done.stderr
-    assert "ssh-keyscan" in done.stderr
+    assert f"ssh-keyscan -p {server.port} 127.0.0.1" in done.stderr
     known = server.known_hosts(f"{line}\n{server.place} {server.public_key}")
     assert _copy(tool, machines, *_by_hand(machines, known)).returncode == 0
 

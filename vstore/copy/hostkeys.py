@@ -112,7 +112,7 @@ def check_key(
         raise NotPermitted(
             f"{place}: is known by a certificate authority alone (@cert-authority), and "
             "certificates of hosts are not understood here",
-            hint=f"add the host's own key to known_hosts: ssh-keyscan {host}",
+            hint=f"add the host's own key to known_hosts: {_scan_command(host, port)}",
         )
     if not accept_new:
         raise NotPermitted(
@@ -120,6 +120,10 @@ def check_key(
             hint="compare that with the host's own (ssh-keygen -lf), then use --accept-new once",
         )
     return True
+
+
+def _scan_command(host: str, port: int) -> str:
+    return f"ssh-keyscan {host}" if port == PORT else f"ssh-keyscan -p {port} {host}"
 
 
 def note_key(file: Path, host: str, port: int, kind: str, key: bytes) -> None:
