@@ -39,6 +39,7 @@ from vrun.state import load_resources
 from vrun.users import User
 from vstore.guest import COPY_ON_WRITE, RunState, load_state, rundir
 from vstore.heldback import signals_held_back
+from vstore.streams import fill_standard
 
 EXIT_SIGNAL: Final = 128
 
@@ -128,7 +129,7 @@ def enter(name: str, shell: tuple[str, ...] | None) -> int:
 @contextmanager
 def _opened(name: str) -> Iterator[Target]:
     """The running guest; failures that have no meaning of their own become JoinFailed."""
-    _fill_standard()
+    fill_standard()
     try:
         with ExitStack() as stack:
             yield _open(name, stack)
@@ -450,13 +451,6 @@ def _attend(target: Target, command: _Command, relay: Relay, shown: str) -> int:
     except OSError as error:
         kind = CommandNotFound if error.errno == errno.ENOENT else CannotExecute
         raise kind(f"guest {target.name}: cannot execute {shown}: {error.strerror}") from error
-
-
-def _fill_standard() -> None:
-    """Descriptors 0, 1 and 2 are open: nothing else must get one of these numbers."""
-    while (fd := os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)) <= 2:
-        pass
-    os.close(fd)
 
 
 def _environment(user: User) -> dict[str, str]:

@@ -21,6 +21,7 @@ from click.shell_completion import CompletionItem
 from vstore import __version__, guest
 from vstore.errors import EXIT_PARTIAL, NoSpace, ToolError
 from vstore.render import show_text
+from vstore.streams import fill_standard
 
 log = logging.getLogger(__name__)
 
@@ -40,8 +41,9 @@ def run(command: click.Command) -> NoReturn:
     A ToolError becomes its message and hint on stderr and its exit code, with a traceback only
     under -vv; what the kernel refused and nobody translated is shown the same way. Every other
     exception is a bug of ours and keeps its traceback. A reader of stdout that went away ends the
-    command quietly with exit code 1.
+    command quietly with exit code 1; with a stdout or stderr that is closed it says nothing there.
     """
+    fill_standard()
     name = command.name or "vstore"
     for number in _ENDING:
         if signal.getsignal(number) == signal.SIG_DFL:  # nohup(1) ignores SIGHUP

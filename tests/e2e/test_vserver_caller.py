@@ -171,3 +171,10 @@ def test_rc_scripts_are_traced_where_that_is_asked_for(host: Host) -> None:
     assert "+ true\n" in host.vserver("--debug-sysv", "web", "start").stdout
     host.vserver("web", "stop")
     assert "+ true" not in host.vserver("web", "start").stdout
+
+
+@pytest.mark.parametrize("program", ["vps", "vpstree", "vserver-stat"])
+def test_who_closed_the_output_is_shown_nothing(program: str) -> None:
+    command = ["sh", "-c", 'exec "$1" >&-', "sh", f"{VSERVER.parent / program}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -211,6 +211,20 @@ def test_a_name_is_not_read_through_a_symlink_out_of_the_guest(site: Site, tool:
     assert (site.root("shop") / "etc/hosts").read_text() == wanted
 
 
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_copy_is_made_whatever_the_caller_has_closed(site: Site, tool: Tool, closed: str) -> None:
+    _add(site)
+    options = ["--context", "auto", "--ip", "10.0.0.9", "web", "new"]
+    command = f"exec {PROGRAM} {shlex.join(options)} {closed}"
+    done = subprocess.run(
+        ["sh", "-c", command], capture_output=True, text=True, check=False, timeout=100
+    )
+    assert done.returncode == 0
+    assert "Traceback" not in done.stderr
+    assert "copy new" in done.stdout or ">&-" in closed.split()
+    assert "nothing to do" in tool("vserver-copy", "--refresh", "web", "new").stdout
+
+
 def test_a_loopback_address_belongs_to_nobody_alone(site: Site, tool: Tool) -> None:
     _add(site)
     site.configure("web", "interfaces/0/ip", "127.0.0.3\n")

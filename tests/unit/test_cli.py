@@ -212,6 +212,36 @@ def test_results_that_cannot_be_written_are_no_success() -> None:
     assert "Traceback" not in complaints
 
 
+CLOSED = ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"]
+
+
+@pytest.mark.parametrize("closed", CLOSED)
+def test_a_caller_that_closes_a_stream_finds_nothing_of_it_in_a_file(
+    closed: str, tmp_path: Path
+) -> None:
+    body = f"""
+    import subprocess
+    with open({os.fspath(tmp_path / "file")!r}, "w") as file:
+        assert file.fileno() > 2
+        click.echo("out")
+        click.echo("err", err=True)
+        subprocess.run(["sh", "-c", "cat; echo out; echo err >&2"], check=True)
+        sys.stdin.isatty()
+    """
+    done = subprocess.run(
+        ["sh", "-c", f'exec "$@" {closed}', "sh", sys.executable, "-c", PROGRAM.format(body=body)],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"PYTHONPATH": os.fspath(Path(cli.__file__).parents[1])},
+    )
+    assert done.returncode == 0
+    assert done.stdout == ("" if ">&-" in closed.split() else "out\nout\n")
+    assert done.stderr == ("" if "2>&-" in closed else "err\nerr\n")
+    assert (tmp_path / "file").read_bytes() == b""
+
+
 def test_sigint_ends_a_command_with_130() -> None:
     with start("click.echo('ready'); time.sleep(30)", stdout=subprocess.PIPE) as process:
         assert process.stdout is not None

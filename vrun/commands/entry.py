@@ -15,6 +15,7 @@ from vrun.commands import plain
 from vrun.commands.logged import Shown
 from vrun.errors import NotPermitted
 from vstore.cli import complete_guest
+from vstore.streams import fill_standard
 
 EXIT_FAILED: Final = 1
 """What was asked for could not be done, or not all of it; or the command line is wrong."""
@@ -66,12 +67,11 @@ def run(command: click.Command, *, usage: int = EXIT_FAILED, with_rest: bool = F
 def run_plain(name: str, work: Callable[[], int]) -> NoReturn:
     """As run(), for what needs no click."""
     gc.disable()  # as for vserver
-    plain.fill_standard()
+    fill_standard()
     logging.basicConfig(handlers=[Shown(name)])
     code = plain.run(work, name=name)
-    if sys.stdout is not None:  # closed by the caller
-        with suppress(BrokenPipeError):
-            sys.stdout.flush()
+    with suppress(BrokenPipeError):
+        sys.stdout.flush()
     os._exit(code)  # taking the interpreter apart takes 5 ms
 
 

@@ -12,6 +12,7 @@ from vrun import lifecycle, names
 from vrun.errors import ToolError
 from vrun.order import Order
 from vstore.guest import Guest
+from vstore.streams import fill_standard
 
 EXIT_INTERRUPTED: Final = 130
 """As a shell reports a program that SIGINT ended."""
@@ -24,19 +25,12 @@ def main() -> NoReturn:
     words = sys.argv[1:]
     if len(words) == 2 and words[1] in _PLAIN and not words[0].startswith("-"):
         code = run(lambda: _PLAIN[words[1]](names.find(words[0])))
-        _flush()
+        sys.stdout.flush()
         os._exit(code)  # taking the interpreter apart takes 5 ms
     from vrun.commands import guestcommands
 
     gc.enable()
     sys.exit(run(lambda: guestcommands.main(words)))
-
-
-def fill_standard() -> None:
-    """Open descriptors 0 to 2 where the caller closed them: others would take their place."""
-    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass
-    os.close(fd)
 
 
 def run(work: Callable[[], int], *, name: str = "vserver") -> int:
@@ -94,13 +88,8 @@ def say(text: str) -> None:
 
 def write_through(data: bytes) -> None:
     """What the guest's console shows."""
-    _flush()
+    sys.stdout.flush()
     os.write(1, data)
-
-
-def _flush() -> None:
-    if sys.stdout is not None:  # closed by the caller
-        sys.stdout.flush()
 
 
 HEARER: Final = lifecycle.Hearer(say=say, warn=show, out=write_through)

@@ -25,6 +25,7 @@ from vrun.order import Order
 from vrun.roster import Plan, Wanted, Word
 from vrun.state import find_running
 from vstore.record import dataclass, replace
+from vstore.streams import fill_standard
 
 BulkWord = Word | Literal["status"]
 
@@ -52,11 +53,10 @@ class Command:
 def main() -> NoReturn:
     """The console script."""
     gc.disable()  # as for vserver
-    plain.fill_standard()
+    fill_standard()
     words = sys.argv[1:]
     code = plain.run(lambda: _run(words), name=PROGRAM)
-    if sys.stdout is not None:  # closed by the caller
-        sys.stdout.flush()
+    sys.stdout.flush()
     os._exit(code)  # taking the interpreter apart takes 5 ms
 
 
