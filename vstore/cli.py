@@ -4,7 +4,6 @@ A module of vstore.commands has its click command and `def main() -> None: cli.r
 console script. The command returns its exit code, or None for 0.
 """
 
-import errno
 import logging
 import os
 import signal
@@ -19,7 +18,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from vstore import __version__, guest
-from vstore.errors import EXIT_PARTIAL, NoSpace, ToolError
+from vstore.errors import EXIT_PARTIAL, NotPermitted, ToolError, kind_of
 from vstore.render import show_text
 from vstore.streams import fill_standard
 
@@ -114,12 +113,13 @@ def _report(name: str, error: ToolError) -> int:
 
 
 def _translated(error: OSError) -> ToolError:
-    kind = NoSpace if error.errno in (errno.ENOSPC, errno.EDQUOT) else ToolError
+    kind = kind_of(error)
+    hint = "run as root" if kind is NotPermitted and os.geteuid() else None
     reason = error.strerror or type(error).__name__
     if error.filename is None:
-        return kind(reason)
+        return kind(reason, hint=hint)
     shown = error.filename if isinstance(error.filename, int) else os.fsdecode(error.filename)
-    return kind(f"{shown}: {reason}")
+    return kind(f"{shown}: {reason}", hint=hint)
 
 
 def _drop_unwritten() -> None:

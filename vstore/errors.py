@@ -11,6 +11,7 @@ ToolError ........... 1   the base, when nothing more precise fits
 └─ NoSpace .......... 9   the file system has no room for what was asked
 """
 
+import errno
 from typing import ClassVar, Final
 
 EXIT_PARTIAL: Final = 20
@@ -58,3 +59,14 @@ class FormatUnknown(ToolError):
 
 class NoSpace(ToolError):
     exit_code = 9
+
+
+_NO_ROOM: Final = frozenset((errno.ENOSPC, errno.EDQUOT))
+_REFUSED: Final = frozenset((errno.EPERM, errno.EACCES))
+
+
+def kind_of(error: OSError) -> type[ToolError]:
+    """The class of what the kernel refused and nobody knows more of."""
+    if error.errno in _NO_ROOM:
+        return NoSpace
+    return NotPermitted if error.errno in _REFUSED else ToolError

@@ -211,6 +211,21 @@ def test_a_name_is_not_read_through_a_symlink_out_of_the_guest(site: Site, tool:
     assert (site.root("shop") / "etc/hosts").read_text() == wanted
 
 
+@pytest.mark.parametrize("owned", [(), ("rundir",), ("rundir", "vdirbase", "confdir")])
+def test_who_may_not_copy_is_told_so(site: Site, owned: tuple[str, ...]) -> None:
+    _add(site)
+    site.rundir.mkdir(exist_ok=True)
+    for name in owned:
+        os.chown(getattr(site, name), 65534, 65534)
+    command = [f"{PROGRAM}", "--context", "auto", "--ip", "10.0.0.9", "web", "new"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, user=65534, group=65534, timeout=100
+    )
+    assert done.returncode == 6, done.stderr
+    assert "run as root" in done.stderr
+    assert not site.root("new").exists()
+
+
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
 def test_a_copy_is_made_whatever_the_caller_has_closed(site: Site, tool: Tool, closed: str) -> None:
     _add(site)

@@ -184,6 +184,21 @@ def start(body: str, *, stdout: int) -> "subprocess.Popen[str]":
     )
 
 
+@pytest.mark.parametrize("number", [errno.EPERM, errno.EACCES])
+@pytest.mark.parametrize(("user", "hint"), [(0, ""), (1000, "hint: run as root\n")])
+def test_what_the_kernel_does_not_permit_has_its_code(
+    run: Run,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+    user: int,
+    hint: str,
+) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: user)
+    assert run(raising(OSError(number, "not you", "/a"))) == 6
+    assert capsys.readouterr().err == f"vtest: /a: not you\n{hint}"
+
+
 def test_a_reader_that_went_away_is_no_news() -> None:
     reader, writer = os.pipe()
     os.close(reader)

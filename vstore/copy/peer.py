@@ -19,7 +19,7 @@ from vstore.copy.messages import Dialogue, Done, Hostile, Request, greet
 from vstore.copy.receiving import receive_guest
 from vstore.copy.sending import Outgoing
 from vstore.copy.wire import Channel, ConnectionLost
-from vstore.errors import NoSpace, ToolError
+from vstore.errors import NoSpace, ToolError, kind_of
 from vstore.guest import parse_name
 from vstore.heldback import signals_held_back
 from vstore.progress import SILENT
@@ -27,7 +27,6 @@ from vstore.progress import SILENT
 log = logging.getLogger(__name__)
 
 _SAID_AT_MOST: Final = 2000
-_NO_ROOM: Final = frozenset((28, 122))  # ENOSPC, EDQUOT
 
 
 # --- serving
@@ -91,7 +90,7 @@ def run_vserver(name: str, action: str) -> Done:
 
 def translated(error: OSError) -> ToolError:
     """What the kernel refused, as an error that can travel."""
-    kind = NoSpace if error.errno in _NO_ROOM else ToolError
+    kind = kind_of(error)
     reason = error.strerror or type(error).__name__
     shown = "" if error.filename is None else f"{error.filename}: "
     return kind(
