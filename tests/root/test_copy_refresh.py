@@ -28,6 +28,7 @@ from tests.fixtures.trees import (
     snapshot,
 )
 from tests.fixtures.windows import wait_for
+from vrun import diskquota
 from vstore import lease
 
 pytestmark = need("immutable", "lease")
@@ -348,6 +349,29 @@ def test_a_folder_of_another_project_is_made_anew_with_those_around_it(
     (root / "var/log/syslog").write_text("changed")
     _refresh(tool)
     _check(site, tool, before, b"")
+
+
+def _give(folder: Path, project: int) -> int:
+    """What a start with limits does; it raises for what is shared."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        return diskquota.give_tree(fd, project)
+    finally:
+        os.close(fd)
+
+
+@on("xfs")
+def test_a_target_with_a_project_gets_files_of_its_own(site: Site, tool: Tool, root: Path) -> None:
+    """As its start needs them: a limit of what it stores cannot count what others have too."""
+    copy = site.root("copy")
+    assert _refresh(tool)["same"] is True
+    assert tool("vunify", "--undo", "copy").returncode == 0
+    _give(copy, 7)
+    (root / "etc/new").write_bytes(b"new" * 99)
+    (root / "var/log/syslog").write_text("changed")
+    _refresh(tool)
+    assert _differences(site) == []
+    assert _give(copy, 7) > 0
 
 
 @on("ext4")

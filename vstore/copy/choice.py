@@ -52,7 +52,8 @@ class Chooser:
     """Finds contents. `base_fd`: the target's version of the tree, -1 for none; `base` lists it.
 
     Without an area nothing is made: it is only found out what is here. The pool's lock is held
-    while objects are looked for, and their numbers are added to `pinned`.
+    while objects are looked for, and their numbers are added to `pinned`. A target that has a
+    project shares nothing: it could not be given to the project again before the guest starts.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class Chooser:
         self._offered: dict[int, int] = {}  # row -> bytes of blocks' digests
         self._offered_bytes = 0
         self._device = -1 if area is None else os.fstat(area.tree_fd).st_dev
+        self._is_limited = area is not None and _is_of_another_project(base_fd, area.tree_fd)
 
     def close(self) -> None:
         self._shelf.close()
@@ -124,7 +126,8 @@ class Chooser:
     def step(self, wish: Wish, origin: placer.Origin, pinned: list[int]) -> placer.Step:
         """How the file is made of a content that is here."""
         spot, row = wish.spot, wish.row
-        if not wish.may_share or self._area is None or not can_be_object(row, min_size=_MIN_SIZE):
+        may_share = wish.may_share and not self._is_limited
+        if not may_share or self._area is None or not can_be_object(row, min_size=_MIN_SIZE):
             return (placer.OWN, spot, origin, wish.meta, wish.is_group)
         name = self._shelf.take_name(row.identity())
         if self._shelf.knows(name) and self._is_there(name, pinned):
@@ -196,6 +199,11 @@ class Chooser:
         """The content of a row has come, or will not."""
         self.deltas.pop(row, None)
         self._offered_bytes -= self._offered.pop(row, 0)
+
+
+def _is_of_another_project(base_fd: int, beside_fd: int) -> bool:
+    """Whether the target has a project of its own, with a quota: no object can be a file of it."""
+    return base_fd >= 0 and inode.project_id(base_fd) != inode.project_id(beside_fd)
 
 
 def meta_of(row: Row) -> placer.Meta:
