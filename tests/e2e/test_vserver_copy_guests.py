@@ -431,3 +431,12 @@ def test_a_target_that_runs_is_refused(host: Host, tool: Tool) -> None:
     before = (host.etc.vdirbase / "new").stat().st_ino
     assert "runs here" in _copy(tool, "--refresh", "web", "new", code=4)
     assert (host.etc.vdirbase / "new").stat().st_ino == before
+
+
+def test_an_address_that_no_start_adds_may_be_the_machines(site: Site) -> None:
+    _add(site)
+    site.configure("web", "interfaces/0/nodev", "")
+    options = ["-q", "--context", "auto", "--ip", "10.0.0.9/24", "web", "new"]
+    assert _copy_on_host_with("10.0.0.9/24", *options).returncode == 0
+    options[3:5] = ["--interface", "eth1:10.0.0.9/24"]
+    assert _copy_on_host_with("10.0.0.9/24", *options[:-1], "two").returncode == 2

@@ -24,7 +24,7 @@ def _setting(path: str, text: str = "") -> Setting:
 
 def _check(lab: Lab, address: str, *settings: Setting, device: str = "") -> None:
     wanted = Identity("", [address], 0)
-    lab.call(lambda: check_free("new", wanted, settings=settings, devices=[device], is_new=True))
+    lab.call(lambda: check_free("new", wanted, settings=settings, devices=[device]))
 
 
 def test_each_address_is_found_with_its_device(lab: Lab) -> None:

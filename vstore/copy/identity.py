@@ -129,7 +129,6 @@ def check_free(
     *,
     settings: Sequence[Setting] = (),
     devices: Sequence[str] = (),
-    is_new: bool,
 ) -> None:
     """Refuse a context or address that another guest of this machine has, or the machine itself.
 

@@ -223,7 +223,12 @@ class _Pass:
         )
         if request.context < 0:
             self._wanted.context = 0
-        check_free(place.name, self._wanted, is_new=True)
+        check_free(
+            place.name,
+            self._wanted,
+            settings=self._settings,
+            devices=self._devices,
+        )
 
     def _open_pool(self, stack: ExitStack) -> Pool | None:
         path = default_pool()
