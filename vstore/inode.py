@@ -156,11 +156,11 @@ def put_project_id(fd: int, project: int) -> None:
     fcntl.ioctl(fd, FS_IOC_FSSETXATTR, _FSXATTR.pack(*fields))
 
 
-def birth_time_ns(fd: int) -> int:
-    """When the inode behind `fd` was made, in ns since the epoch; 0 where the file system does not
-    say.
+def birth_time_ns(fd: int, name: bytes = b"") -> int:
+    """When the inode behind `fd`, or that of the entry `name` of the folder, was made, in ns since
+    the epoch; 0 where the file system does not say.
     """
-    answer = syscalls.statx(fd, syscalls.STATX_BTIME)
+    answer = syscalls.statx(fd, syscalls.STATX_BTIME, name=name)
     if not answer.mask & syscalls.STATX_BTIME:
         return 0
     return int(answer.btime.tv_sec) * 10**9 + int(answer.btime.tv_nsec)

@@ -13,6 +13,7 @@ from typing import Any, Final
 libc = ctypes.CDLL(None, use_errno=True)
 
 _AT_EMPTY_PATH: Final = 0x1000
+_AT_SYMLINK_NOFOLLOW: Final = 0x100
 
 
 def check(result: int, function: Any, arguments: tuple[Any, ...]) -> int:
@@ -179,10 +180,10 @@ _statx = declare(
 )
 
 
-def statx(fd: int, mask: int) -> Statx:
-    """What statx(2) says of the inode behind `fd`; look at `mask` and `attributes_mask` for what is
-    known.
+def statx(fd: int, mask: int, *, name: bytes = b"") -> Statx:
+    """What statx(2) says of the inode behind `fd`, or of the entry `name` of that folder; look at
+    `mask` and `attributes_mask` for what is known.
     """
     result = Statx()
-    _statx(fd, b"", _AT_EMPTY_PATH, mask, result)
+    _statx(fd, name, _AT_SYMLINK_NOFOLLOW if name else _AT_EMPTY_PATH, mask, result)
     return result

@@ -2,22 +2,18 @@
 
 import os
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
-import msgspec
 import pytest
 from blake3 import blake3
 
-from tests.fixtures.dialogues import DIR, ROOT, Tree, offer, relay, row, serving
+from tests.fixtures.dialogues import DIR, ROOT, Tree, offer, row, serving
 from tests.fixtures.filesystems import Site
 from tests.fixtures.probes import need, on
 from tests.fixtures.runs import find_faults, inode_of, list_objects
 from tests.fixtures.sshd import PROGRAM
-from tests.fixtures.trees import File, Link, differences, snapshot
-from vstore.copy import messages as m
+from tests.fixtures.trees import File
 from vstore.copy.manifest import Row
-from vstore.copy.messages import SMALL
 
 pytestmark = [need("immutable", "lease"), on("ext4", "xfs", "btrfs")]
 
@@ -102,89 +98,3 @@ def test_what_another_sender_left_is_asked_for_where_proofs_are(site: Site, plac
     with serving() as dialogue:
         offer(dialogue)
         assert Tree(dialogue).announce(ROOT, (b"", [row(b"f", _CONTENT)])) == [1]
-
-
-# --- a file with several names that changes between the list and its turn
-
-
-def _append(names: list[Path]) -> None:
-    with names[0].open("ab") as file:
-        file.write(b"more")
-
-
-def _replace(names: list[Path]) -> None:
-    other = names[0].with_name("other")
-    other.write_bytes(b"another file")
-    other.rename(names[0])
-
-
-def _unlink(names: list[Path]) -> None:
-    names[0].unlink()
-
-
-def _chmod(names: list[Path]) -> None:
-    names[0].chmod(0o600)
-
-
-def _leave_one(names: list[Path]) -> None:
-    for name in names[1:]:
-        name.unlink()
-
-
-def _copy_while(site: Site, change: Callable[[list[Path]], None], most: int) -> m.Result:
-    """Copy a guest, of which a file with three names is changed before it is sent, so often at
-    most. Another one, with two names, is equal to it: its content comes with that.
-    """
-    names = [site.root("web") / name for name in ("a/first", "b/second", "b/third")]
-    content = os.urandom(SMALL + 99)
-    rows = [File("a/first", content), File("a/still", b"x" * 99), File("y/equal", content)]
-    site.add_guest("web", [*rows, Link("z/more", "y/equal")])
-    names[1].parent.mkdir()
-    for name in names[1:]:
-        os.link(names[0], name)
-    results: list[m.Result] = []
-    changes = 0
-
-    def see(message: msgspec.Struct) -> None:
-        nonlocal changes
-        if isinstance(message, m.Want) and any(message.wanted) and changes < most:
-            folders = {name.parent: name.parent.stat() for name in names}
-            change(names)
-            for folder, before in folders.items():  # these were listed, and are not listed again
-                os.utime(folder, ns=(before.st_atime_ns, before.st_mtime_ns))
-            changes += 1
-        if isinstance(message, m.Result):
-            results.append(message)
-
-    with serving() as source, serving() as target:
-        source.send(m.Request("send", "web", "new"))
-        target.send(m.Request("receive", "web", "new"))
-        relay(source, target, see)
-    assert changes == most
-    return results[0]
-
-
-@pytest.mark.parametrize("change", [_append, _replace, _unlink, _chmod, _leave_one])
-def test_all_names_of_a_file_that_changes_are_listed_again(
-    site: Site, change: Callable[[list[Path]], None]
-) -> None:
-    result = _copy_while(site, change, 1)
-    source, copy = (snapshot(site.root(name)) for name in ("web", "new"))
-    assert differences(source, copy) == []
-    assert (result.errors, result.torn) == ([], [])
-    files = [path for path in site.root("new").rglob("*") if path.is_file()]
-    assert result.files == len(files)
-    assert result.bytes_total == sum(
-        {inode_of(path): path.stat().st_size for path in files}.values()
-    )
-    assert find_faults(site.pool) == []
-
-
-def test_a_file_that_goes_on_changing_keeps_its_names(site: Site) -> None:
-    result = _copy_while(site, _append, 5)
-    assert (site.root("new") / "y/equal").samefile(site.root("new") / "z/more")
-    names = [site.root("new") / name for name in ("a/first", "b/second", "b/third")]
-    assert len({inode_of(path) for path in names}) == 1
-    assert names[0].read_bytes() == (site.root("web") / "a/first").read_bytes()
-    assert sorted(path for path, _ in result.torn) == [b"a/first", b"b/second", b"b/third"]
-    assert result.errors == []

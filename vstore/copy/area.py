@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from vstore import extents, inode
+from vstore import extents, inode, lease
 from vstore.copy.messages import SMALL
 from vstore.digest import digest_content
 from vstore.errors import NoSpace, ToolError
@@ -112,6 +112,7 @@ class Area:
 
     def take_over_small(self) -> None:
         """Let the small files of earlier trees that have no other name be contents that arrived."""
+        lease.ignore_break_signals()
         for old in self.leftovers:
             with suppress(OSError):
                 tree_fd = os.open("tree", inode.OPEN_FOLDER, dir_fd=old.fd)
@@ -132,9 +133,15 @@ class Area:
     def _take_over_file(self, folder_fd: int, name: bytes) -> None:
         fd = os.open(name, inode.OPEN_TO_READ, dir_fd=folder_fd)
         try:
-            if not inode.get_flags(fd) & (inode.FS_IMMUTABLE_FL | inode.CHOSEN_FLAGS):
+            is_plain = not inode.get_flags(fd) & (inode.FS_IMMUTABLE_FL | inode.CHOSEN_FLAGS)
+            is_plain &= inode.project_id(fd) == inode.project_id(self.arrived_fd)
+            if is_plain and lease.take(fd):  # others may know the old target
                 digest = digest_content(fd, os.fstat(fd))
-                os.rename(name, digest.hex(), src_dir_fd=folder_fd, dst_dir_fd=self.arrived_fd)
+                if lease.is_unbroken(fd):
+                    os.rename(name, digest.hex(), src_dir_fd=folder_fd, dst_dir_fd=self.arrived_fd)
+                if not lease.is_unbroken(fd):
+                    with suppress(FileNotFoundError):
+                        os.unlink(digest.hex(), dir_fd=self.arrived_fd)
         finally:
             os.close(fd)
 

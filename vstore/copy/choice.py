@@ -19,7 +19,7 @@ from vstore.copy.manifest import Row, can_be_object, digest_of_xattrs
 from vstore.copy.messages import Base, Dialogue
 from vstore.copy.proof import prove
 from vstore.copy.shelf import Shelf
-from vstore.copy.staging import Spot
+from vstore.copy.staging import Meta, Spot
 from vstore.pool import Pool
 from vstore.scan import open_below
 
@@ -44,7 +44,7 @@ class Wish(NamedTuple):
     is_group: bool
 
     @property
-    def meta(self) -> placer.Meta:
+    def meta(self) -> Meta:
         return meta_of(self.row)
 
 
@@ -93,6 +93,10 @@ class Chooser:
             return False
         may_be = bool(self._area.leftovers) or self._shelf.was_asked(row.digest)
         return may_be and self._area.has_arrived(row.digest)
+
+    def is_ours(self, name: str) -> bool:
+        """Whether this run makes the object: its content came, or was proven, before."""
+        return self._shelf.is_ours(name)
 
     def is_proven(self, name: str, nonce: bytes, proof: bytes) -> bool:
         """Whether who gave this proof has the content of that object. Raises OSError."""
@@ -206,7 +210,7 @@ def _is_of_another_project(base_fd: int, beside_fd: int) -> bool:
     return base_fd >= 0 and inode.project_id(base_fd) != inode.project_id(beside_fd)
 
 
-def meta_of(row: Row) -> placer.Meta:
+def meta_of(row: Row) -> Meta:
     """What an entry is to be like."""
     return (row.mode, row.uid, row.gid, row.mtime_ns, row.xattrs)
 

@@ -45,6 +45,11 @@ Path = bytes
 
 Xattrs = Sequence[tuple[bytes, bytes]]
 
+Firsts = dict[tuple[int, int], int]
+"""The rows of the first names of inodes, by number and time of birth (ns): a number is given again
+to another inode.
+"""
+
 
 @dataclass(slots=True)
 class Found:
@@ -60,11 +65,14 @@ class Found:
 
 
 class _Group(msgspec.Struct, array_like=True, gc=False):
-    """An inode with several names: its first row, the folder and name of that, names to come."""
+    """An inode with several names: its first row, the folder and name of that, when it was made
+    (ns), names to come.
+    """
 
     first: int
     folder: bytes
     name: bytes
+    birth: int
     names: int
 
 
@@ -143,9 +151,9 @@ class Listing:
             row = Row(b"", stat.S_IFDIR | 0o755)
             yield from self.packer.add(missed.mounts.pop(0), row, None, is_shared=False)
 
-    def again(self, path: bytes, firsts: dict[int, int]) -> Iterator[Listed]:
-        """A batch with the one file at `path` as it is now; nothing where it is gone. `firsts` are
-        the rows of inodes with several names that have been listed again.
+    def again(self, path: bytes, firsts: Firsts) -> Iterator[Listed]:
+        """The one file at `path` as it is now; nothing where it is gone. The batch comes when it is
+        full, as from the packer. `firsts` are those that have been listed again.
         """
         folder, _, name = path.rpartition(b"/")
         try:
@@ -154,9 +162,10 @@ class Listing:
             return
         try:
             status = os.stat(name, dir_fd=fd, follow_symlinks=False)
-            if stat.S_ISREG(status.st_mode):
+            if stat.S_ISDIR(status.st_mode):
+                self.found.errors.append((path, "was a file, and has become a folder meanwhile"))
+            elif not stat.S_ISSOCK(status.st_mode):
                 yield from self._list_again(fd, folder, name, status, firsts)
-                yield from self.packer.end()
         except OSError as error:
             self._note(path, error)
         finally:
@@ -168,18 +177,23 @@ class Listing:
         folder: bytes,
         name: bytes,
         status: os.stat_result,
-        firsts: dict[int, int],
+        firsts: Firsts,
     ) -> Iterator[Listed]:
         has_more = status.st_nlink > 1
-        if has_more and status.st_ino in firsts:
-            link = self.packer.next_row - firsts[status.st_ino]
+        key_of_inode = status.st_ino, inode.birth_time_ns(folder_fd, name) if has_more else 0
+        if key_of_inode in firsts:
+            link = self.packer.next_row - firsts[key_of_inode]
             row = Row(name, status.st_mode, link=link)
             yield from self.packer.add(folder, row, None, is_shared=False)
             return
         self._digests.load([status.st_ino])
-        row, key = self._list_file(folder_fd, join(folder, name), name, status)
+        key = None
+        if stat.S_ISREG(status.st_mode):
+            row, key = self._list_file(folder_fd, join(folder, name), name, status)
+        else:
+            row = _row_of_other(folder_fd, name, status)
         if has_more:
-            firsts[status.st_ino] = self.packer.next_row
+            firsts[key_of_inode] = self.packer.next_row
         yield from self.packer.add(folder, row, key, is_shared=False, is_group=has_more)
 
     # --- rows
@@ -232,7 +246,8 @@ class Listing:
             if stat.S_ISSOCK(status.st_mode):
                 self.found.skip("socket")
                 return
-            link = 0 if is_rewritten else self._find_group(status, folder.path)
+            birth = inode.birth_time_ns(folder.fd, name) if status.st_nlink > 1 else 0
+            link = 0 if is_rewritten else self._find_group(status, birth, folder.path)
             if link:
                 row, key = Row(name, status.st_mode, link=link), None
             elif stat.S_ISREG(status.st_mode):
@@ -244,20 +259,22 @@ class Listing:
             return
         is_group = status.st_nlink > 1 and not link and not is_rewritten
         if is_group:
-            group = _Group(self.packer.next_row, folder.path, name, status.st_nlink - 1)
+            group = _Group(self.packer.next_row, folder.path, name, birth, status.st_nlink - 1)
             self._groups.put(index.signed(status.st_ino), _encode(group))
         is_alone = status.st_nlink == 1 and can_be_object(row, min_size=_MIN_SIZE)
         is_shared = is_alone and not rules.is_excluded(b"/" + path)
         yield from self.packer.add(folder.path, row, key, is_shared=is_shared, is_group=is_group)
         self._count(row)
 
-    def _find_group(self, status: os.stat_result, folder: bytes) -> int:
+    def _find_group(self, status: os.stat_result, birth: int, folder: bytes) -> int:
         """How many rows back the first name of the same inode is; 0 for the first one."""
         ino = index.signed(status.st_ino)
         packed = self._groups.get(ino) if status.st_nlink > 1 else None
         if packed is None:
             return 0
         group = _decode(packed)
+        if group.birth != birth:  # that one is gone, and another inode has its number
+            return 0
         group.names -= 1
         if group.names:
             self._groups.put(ino, _encode(group))

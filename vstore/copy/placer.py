@@ -9,26 +9,25 @@ import errno
 import os
 import stat
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any, Final
 
 from vstore import extents, inode, syscalls
 from vstore.copy.area import Area
-from vstore.copy.staging import Spot, explain
+from vstore.copy.dressing import dress, dress_object
+from vstore.copy.staging import Meta, Spot, explain
 from vstore.folders import LastFolder, join
-from vstore.pool import Pool, find_metadata, load_metadata
+from vstore.pool import Pool
 from vstore.scan import open_below
 from vstore.window import Windows
 
-Meta = tuple[int, int, int, int, list[tuple[bytes, bytes]]]
-"""Mode, uid, gid, mtime (ns) and xattrs."""
 Origin = tuple[str, Any]
 """Where a content is: ("arrived", digest in hex), ("object", name) or ("base", (path, name))."""
 Step = tuple[Any, ...]
 """What to make, first its kind, then its Spot; the methods of `Placer` say the rest."""
-Answer = tuple[int, list[tuple[bytes, str]], bool]
-"""How many links to objects were made, (path, why not) of what could not be made, and whether the
-job is done."""
+Answer = tuple[int, list[tuple[bytes, str]], int, bool]
+"""How many links to objects were made, (path, why not) of what could not be made, how many of these
+stand there all the same, and whether the job is done."""
 
 _New = tuple[int, Spot, str, str, Meta]
 """What is to be an object: its descriptor, spot, name in `arrived` ("" where it stands at its spot
@@ -42,6 +41,7 @@ object's name, and what it is to be like.
 SYMLINK, NODE, EMPTY, LINK, NEW, ENTER, OWN, NAME, RELINK, FINISH = range(10)
 
 _OBJECTS_A_WINDOW: Final = 120
+_HEX: Final = 64  # of a digest, with which an object's name begins
 _PROC_FDS: Final = "/proc/self/fd"
 _NEW_FILE: Final = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _GONE: Final = "its object left the pool meanwhile; run the command again"
@@ -63,6 +63,7 @@ class Placer:
         self._twins: list[_Twin] = []
         self._errors: list[tuple[bytes, str]] = []
         self._linked = 0
+        self._standing = 0
         self._windows_opened = False
         self._make: dict[int, Callable[..., None]] = {
             SYMLINK: self._make_symlink,
@@ -94,28 +95,49 @@ class Placer:
         yield self._answer(is_done=True)
 
     def _answer(self, *, is_done: bool) -> Answer:
-        answer = self._linked, self._errors, is_done
-        self._linked, self._errors, self._windows_opened = 0, [], False
+        answer = self._linked, self._errors, self._standing, is_done
+        self._linked, self._errors, self._standing, self._windows_opened = 0, [], 0, False
         return answer
 
     def _note(self, spot: Spot, error: OSError) -> None:
         self._errors.append((join(spot[1], spot[2]), explain(self._area, spot, error)))
 
     def _finish_folder(self, spot: Spot, meta: Meta) -> None:
-        _dress(self._folder.open(spot[1]), meta)
+        try:
+            dress(self._folder.open(spot[1]), meta)
+        except OSError as error:
+            self._note(spot, error)
+            self._standing += 1
+
+    @contextmanager
+    def _undone(self, spot: Spot) -> Iterator[None]:
+        """What was just made at `spot` goes again where it cannot be finished."""
+        try:
+            yield
+        except OSError:
+            self._unlink(spot)
+            raise
+
+    def _unlink(self, spot: Spot) -> None:
+        try:
+            os.unlink(spot[2], dir_fd=self._folder.open(spot[1]))
+        except PermissionError:  # frozen already
+            self._standing += 1
 
     # --- entries without content
 
     def _make_symlink(self, spot: Spot, text: bytes, meta: Meta, is_group: bool) -> None:
         os.symlink(text, spot[2], dir_fd=self._folder.open(spot[1]))
-        self._dress_place(spot, meta)
-        self._begin_group(spot, is_group)
+        with self._undone(spot):
+            self._dress_place(spot, meta)
+            self._begin_group(spot, is_group)
 
     def _make_node(self, spot: Spot, rdev: int, meta: Meta, is_group: bool) -> None:
         kind = stat.S_IFMT(meta[0]) | 0o600
         os.mknod(spot[2], kind, rdev, dir_fd=self._folder.open(spot[1]))
-        self._dress_place(spot, meta)
-        self._begin_group(spot, is_group)
+        with self._undone(spot):
+            self._dress_place(spot, meta)
+            self._begin_group(spot, is_group)
 
     def _dress_place(self, spot: Spot, meta: Meta) -> None:
         """Owner, mode, xattrs and times of what cannot be opened; we have just made it."""
@@ -130,11 +152,12 @@ class Placer:
 
     def _make_empty(self, spot: Spot, meta: Meta, is_group: bool) -> None:
         fd = os.open(spot[2], _NEW_FILE, 0o600, dir_fd=self._folder.open(spot[1]))
-        try:
-            _dress(fd, meta)
-        finally:
-            os.close(fd)
-        self._begin_group(spot, is_group)
+        with self._undone(spot):
+            try:
+                dress(fd, meta)
+            finally:
+                os.close(fd)
+            self._begin_group(spot, is_group)
 
     # --- files of the guest's own
 
@@ -170,7 +193,8 @@ class Placer:
                 dst_dir_fd=folder_fd,
                 follow_symlinks=False,
             )
-            _dress(fd, meta)
+            with self._undone(spot):
+                dress(fd, meta)
         finally:
             os.close(fd)
         return True
@@ -179,7 +203,7 @@ class Placer:
         fd = os.open(name, _NEW_FILE, 0o600, dir_fd=folder_fd)
         try:
             extents.copy_data(source_fd, fd, size=os.fstat(source_fd).st_size)
-            _dress(fd, meta)
+            dress(fd, meta)
         except OSError:
             os.unlink(name, dir_fd=folder_fd)
             raise
@@ -195,8 +219,10 @@ class Placer:
         if kind == "object":
             try:
                 return self._pool.open_object(f"{where[:2]}/{where}")
-            except FileNotFoundError as error:
-                raise OSError(errno.ESTALE, _GONE) from error
+            except FileNotFoundError:
+                with suppress(FileNotFoundError):
+                    return os.open(where[:_HEX], inode.OPEN_TO_READ, dir_fd=self._area.arrived_fd)
+            raise OSError(errno.ESTALE, _GONE)
         return self._open_base(*where)
 
     def _open_base(self, path: bytes, name: bytes) -> int:
@@ -348,13 +374,13 @@ class Placer:
                 try:
                     if fd in refused:
                         raise OSError(errno.EBUSY, "somebody has it open for writing")
-                    _dress_object(fd, path[3:], meta)
+                    dress_object(fd, path[3:], meta)
                     if not self._enter_one(fd, spot, spare, path):
                         taken.append((spot, path[3:]))
                 except OSError as error:
                     self._note(spot, error)
                     if not spare:
-                        self._drop(spot, spare)
+                        self._set_aside(spot, path)
         return taken
 
     def _enter_one(self, fd: int, spot: Spot, spare: str, path: str) -> bool:
@@ -397,7 +423,19 @@ class Placer:
         if spare:
             os.unlink(spare, dir_fd=self._area.arrived_fd)
         else:
-            os.unlink(spot[2], dir_fd=self._folder.open(spot[1]))
+            self._unlink(spot)
+
+    def _set_aside(self, spot: Spot, path: str) -> None:
+        """Others may wait for the content of what cannot be an object."""
+        try:
+            os.rename(
+                spot[2],
+                path[3 : 3 + _HEX],
+                src_dir_fd=self._folder.open(spot[1]),
+                dst_dir_fd=self._area.arrived_fd,
+            )
+        except PermissionError:  # frozen already
+            self._standing += 1
 
     def _link_all(self, links: Sequence[tuple[Spot, str]]) -> None:
         """Make links to objects in one window for each of them."""
@@ -442,29 +480,3 @@ class Placer:
             follow_symlinks=False,
         )
         self._linked += 1
-
-
-def _dress(fd: int, meta: Meta) -> None:
-    """Give the inode behind `fd` all that the row says, in the order that keeps it."""
-    mode, uid, gid, mtime_ns, xattrs = meta
-    status = os.fstat(fd)
-    is_foreign = (status.st_uid, status.st_gid) != (uid, gid)
-    if is_foreign:
-        os.fchown(fd, uid, gid)  # drops setuid bits and file capabilities, so first
-    if is_foreign or stat.S_IMODE(status.st_mode) != stat.S_IMODE(mode):
-        os.fchmod(fd, stat.S_IMODE(mode))
-    inode.store_xattrs(fd, dict(xattrs))
-    if xattrs and stat.S_IMODE(os.fstat(fd).st_mode) != stat.S_IMODE(mode):  # an ACL's mask
-        os.fchmod(fd, stat.S_IMODE(mode))
-    os.utime(fd, ns=(mtime_ns, mtime_ns))
-
-
-def _dress_object(fd: int, name: str, meta: Meta) -> None:
-    """See that the file has all that the object's name says: mostly it has since it arrived. Its
-    content was read then.
-    """
-    if load_metadata(fd) == find_metadata(name):
-        return
-    _dress(fd, meta)
-    if load_metadata(fd) != find_metadata(name):
-        raise OSError(errno.EINVAL, "the file system does not keep its metadata")

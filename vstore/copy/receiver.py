@@ -44,7 +44,7 @@ from vstore.copy.messages import (
 from vstore.copy.pins import Pins
 from vstore.copy.policy import Policy
 from vstore.copy.sharing import Sharing
-from vstore.copy.staging import Spot, Staging, explain
+from vstore.copy.staging import Meta, Spot, Staging, explain
 from vstore.errors import NoSpace
 from vstore.folders import join
 from vstore.pool import Pool
@@ -105,6 +105,7 @@ class Receiver:
     def close(self) -> None:
         self._sharing.let_go()
         self._chooser.close()
+        self._again.close()
         self._folders.close()
         if self._incoming is not None:
             self._incoming.close()
@@ -164,11 +165,11 @@ class Receiver:
                 self._pins.drop_all()
 
     def _take_answer(self, pins: list[str], answer: placer.Answer) -> None:
-        linked, errors, is_done = answer
+        linked, errors, standing, is_done = answer
         self.tally.linked += linked
         for path, reason in errors:
             self.tally.note_error(path, reason)
-        self.tally.made -= len(errors)
+        self.tally.made -= len(errors) - standing
         if self._pins is not None and is_done:
             self._jobs.note_done()
             self._pins.drop(pins)
@@ -314,7 +315,7 @@ class Receiver:
             return (placer.EMPTY, spot, meta, is_group)
         return self._decide_file(batch, place, row, pinned)
 
-    def _make_folder(self, spot: Spot, meta: placer.Meta) -> None:
+    def _make_folder(self, spot: Spot, meta: Meta) -> None:
         """At once: files that arrive are put into it."""
         if self._area is None or self._staging is None:
             return
@@ -326,9 +327,7 @@ class Receiver:
         else:
             self._folders.put(spot[1], meta)
 
-    def _decide_node(
-        self, spot: Spot, row: Row, meta: placer.Meta, is_group: bool
-    ) -> placer.Step | None:
+    def _decide_node(self, spot: Spot, row: Row, meta: Meta, is_group: bool) -> placer.Step | None:
         if not stat.S_ISFIFO(row.mode) and not self._policy.allows_device(row.mode, row.rdev):
             self.tally.made -= 1
             number = f"{os.major(row.rdev)}:{os.minor(row.rdev)}"
@@ -344,7 +343,8 @@ class Receiver:
     ) -> placer.Step | None:
         wish = batch.wish(place)
         known = self._chooser.find_object(row, pinned)
-        if known and self._policy.prove and self._area is not None:
+        is_proof_due = self._policy.prove and self._area is not None
+        if known and is_proof_due and not self._chooser.is_ours(known):
             batch.proven.append((place, known))
             return None
         if known:
@@ -415,10 +415,13 @@ class Receiver:
         self._pin(batch, pinned)
 
     def _fail_row(self, batch: OpenBatch, place: int, reason: str) -> None:
+        self._note_failed(batch, place, reason)
+        self._chooser.forget(batch.rows[place][1].digest)
+
+    def _note_failed(self, batch: OpenBatch, place: int, reason: str) -> None:
         path, row = batch.rows[place]
         self.tally.note_error(join(path, row.name), reason)
         self.tally.made -= 1
-        self._chooser.forget(row.digest)
 
     def _take_gone(self, message: Gone) -> None:
         batch, place = self._row(message.row)
@@ -480,7 +483,7 @@ class Receiver:
         if self._chooser.has_arrived(row):
             return self._chooser.step(batch.wish(place), ("arrived", row.digest.hex()), pinned)
         reason = "its content was to come with another file, which changed meanwhile"
-        self._fail_row(batch, place, reason)
+        self._note_failed(batch, place, reason)  # another row may have asked for it again
         return None
 
     @property

@@ -20,7 +20,7 @@ from vstore import extents, inode
 from vstore.copy import blocks
 from vstore.copy.again import Again
 from vstore.copy.known import Key
-from vstore.copy.listing import Listing
+from vstore.copy.listing import Firsts, Listing
 from vstore.copy.manifest import Row, travelling
 from vstore.copy.messages import (
     BATCHES_AHEAD,
@@ -114,6 +114,7 @@ class Sender:
             return self._dialogue.expect(Result)
         finally:
             self._folder.close()
+            self._again.close()
             for fd in self._copies.values():
                 os.close(fd)
 
@@ -250,6 +251,8 @@ class Sender:
         except OSError as error:
             is_error = error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
             gone = Gone(number, f"cannot be read: {error.strerror}", is_error)
+            if not is_error:  # something else may stand there now
+                self._changed.append(full)
         self._again.note_gone(number, row, is_first=place in batch.groups and not gone.is_error)
         self._send_small()
         self._dialogue.send(gone)
@@ -361,16 +364,19 @@ class Sender:
                 return
             self._folder.close()
             time.sleep(_PAUSE_S * attempt)
-            firsts: dict[int, int] = {}
+            firsts: Firsts = {}
             for path in paths:
                 for batch in self._listing.again(path, firsts):
                     self._announce(batch)
-                    self._serve_what_is_asked(0)
-        torn: dict[int, int] = {}
+                    self._serve_what_is_asked(BATCHES_AHEAD)
+            for batch in self._listing.packer.end():
+                self._announce(batch)
+            self._serve_what_is_asked(0)
+        torn: Firsts = {}
         for path in self._changed:
             self._send_torn(path, torn)
 
-    def _send_torn(self, path: bytes, firsts: dict[int, int]) -> None:
+    def _send_torn(self, path: bytes, firsts: Firsts) -> None:
         """As one read sees it; `firsts` are the rows of inodes that were sent so."""
         if len(self._copies) >= _TORN_AT_MOST:
             self._listing.found.errors.append((path, _CHANGED))
@@ -391,7 +397,7 @@ class Sender:
             self._announce(batch)
             self._serve_what_is_asked(0)
 
-    def _row_of_torn(self, path: bytes, firsts: dict[int, int]) -> tuple[Row, bool]:
+    def _row_of_torn(self, path: bytes, firsts: Firsts) -> tuple[Row, bool]:
         """The file's row, and whether more names of its inode may follow. Raises OSError."""
         folder, _, name = path.rpartition(b"/")
         number = self._listing.packer.next_row
@@ -399,13 +405,14 @@ class Sender:
         try:
             status = os.fstat(fd)
             has_more = status.st_nlink > 1
-            if has_more and status.st_ino in firsts:
-                return Row(name, status.st_mode, link=number - firsts[status.st_ino]), False
+            key = status.st_ino, inode.birth_time_ns(fd)
+            if has_more and key in firsts:
+                return Row(name, status.st_mode, link=number - firsts[key]), False
             row = self._copy_torn(fd, path, status)
         finally:
             os.close(fd)
         if has_more:
-            firsts[status.st_ino] = number
+            firsts[key] = number
         return row, has_more
 
     def _copy_torn(self, source_fd: int, path: bytes, status: os.stat_result) -> Row:

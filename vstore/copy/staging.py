@@ -13,6 +13,8 @@ from vstore.folders import LastFolder, join
 
 Spot = tuple[int, bytes, bytes]
 """A row's number, its folder's path and its name."""
+Meta = tuple[int, int, int, int, list[tuple[bytes, bytes]]]
+"""Mode, uid, gid, mtime (ns) and xattrs."""
 
 _NEW_FILE: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _NO_ROOM: Final = frozenset((errno.ENOSPC, errno.EDQUOT))
