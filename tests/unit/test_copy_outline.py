@@ -1,6 +1,7 @@
 """The smallest tree that all changes are in: found from digests of folders, for any two trees."""
 
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 
 import pytest
 from hypothesis import given, settings
@@ -41,7 +42,8 @@ def _outline(tree: Tree, ties: list[tuple[bytes, bytes]] | None = None) -> Outli
 
 
 def _compare(ours: Tree, theirs: Tree, ties: list[tuple[bytes, bytes]] | None = None) -> bytes:
-    return _outline(ours, ties).compare(_outline(theirs, ties).messages())
+    with closing(_outline(ours, ties)) as one, closing(_outline(theirs, ties)) as other:
+        return one.compare(other.messages())
 
 
 def _outside(tree: Tree, folder: bytes) -> Tree:
@@ -79,11 +81,11 @@ def test_names_of_one_inode_are_all_in_the_tree_or_none(
 def test_another_first_name_is_a_difference_where_all_rows_are_equal() -> None:
     found = []
     for folder, name in ((b"a", b"x"), (b"a", b"y"), (b"a/x", b"")):
-        outline = Outline()
-        outline.tie(folder, name, b"b")
-        for path in (b"", b"a", b"b"):
-            outline.add(path, [Row(b"", 0o40755)], pack_rows([Row(b"", 0o40755)]))
-        found.append({path: digest for path, digest, _ in next(outline.messages()).folders})
+        with closing(Outline()) as outline:
+            outline.tie(folder, name, b"b")
+            for path in (b"", b"a", b"b"):
+                outline.add(path, [Row(b"", 0o40755)], pack_rows([Row(b"", 0o40755)]))
+            found.append({path: digest for path, digest, _ in next(outline.messages()).folders})
     assert len({sums[b"b"] for sums in found}) == 3
     assert len({(sums[b""], sums[b"a"]) for sums in found}) == 1
 
@@ -92,17 +94,18 @@ def test_another_first_name_is_a_difference_where_all_rows_are_equal() -> None:
 @given(tree=_trees, folder=_paths)
 def test_what_is_outside_is_measured(tree: Tree, folder: bytes) -> None:
     count = len(_outside(tree, folder))
-    assert _outline(tree).measure_outside(folder) == (2 * count, 2 * count, 6 * count)
+    with closing(_outline(tree)) as outline:
+        assert outline.measure_outside(folder) == (2 * count, 2 * count, 6 * count)
 
 
 def test_a_folder_is_the_same_in_whichever_batches_its_rows_come() -> None:
     rows = [Row(b"%d" % number, 0o100644, size=1) for number in range(40)]
-    one, other = Outline(), Outline()
-    for path in (b"", b"a"):
-        one.add(path, rows, pack_rows(rows))
-        for some in (rows[:1], rows[1:15], rows[15:31], rows[31:]):
-            other.add(path, some, pack_rows(some))
-    assert list(one.messages()) == list(other.messages())
+    with closing(Outline()) as one, closing(Outline()) as other:
+        for path in (b"", b"a"):
+            one.add(path, rows, pack_rows(rows))
+            for some in (rows[:1], rows[1:15], rows[15:31], rows[31:]):
+                other.add(path, some, pack_rows(some))
+        assert list(one.messages()) == list(other.messages())
 
 
 @pytest.mark.parametrize("spare", range(-2, 3))
@@ -127,10 +130,12 @@ def test_a_tree_comes_in_the_same_batches_wherever_it_is(spare: int) -> None:
 
 
 def test_many_folders_travel_in_several_messages() -> None:
-    messages = list(_outline({b"%d" % number: b"x" for number in range(9000)}).messages())
+    with closing(_outline({b"%d" % number: b"x" for number in range(9000)})) as outline:
+        messages = list(outline.messages())
     assert [message.last for message in messages] == [False, False, True]
     assert sum(len(message.folders) for message in messages) == 9000
-    long = list(_outline({b"%d" % n + b"/x" * (1 << 18): b"x" for n in range(9)}).messages())
+    with closing(_outline({b"%d" % n + b"/x" * (1 << 18): b"x" for n in range(9)})) as outline:
+        long = list(outline.messages())
     assert all(sum(len(path) for path, _, _ in some.folders) < 2 << 20 for some in long)
 
 
@@ -138,8 +143,9 @@ def test_many_folders_travel_in_several_messages() -> None:
     "paths", [[b"", b"a", b"a"], [b"", b"../a"], [b"/"], [b"a//b"], [b"", b"."]]
 )
 def test_folders_that_cannot_be_are_refused(paths: list[bytes]) -> None:
-    with pytest.raises(Hostile):
-        _outline({b"": b"x"}).compare([Folders([(path, bytes(16), 0) for path in paths], True)])
+    folders = Folders([(path, bytes(16), 0) for path in paths], True)
+    with closing(_outline({b"": b"x"})) as outline, pytest.raises(Hostile):
+        outline.compare([folders])
 
 
 def test_a_full_folder_for_temporary_files_is_said() -> None:
@@ -152,7 +158,8 @@ def test_a_full_folder_for_temporary_files_is_said() -> None:
 
 
 def test_a_tree_without_a_root_differs_in_all() -> None:
-    assert _outline({b"": b"x", b"a": b"x"}).compare([Folders([], True)]) == b""
+    with closing(_outline({b"": b"x", b"a": b"x"})) as outline:
+        assert outline.compare([Folders([], True)]) == b""
 
 
 @pytest.mark.parametrize(
