@@ -221,10 +221,10 @@ class Sender:
         self, batch: Listed, rows: Sequence[tuple[bytes, Row]], waiting: Container[int]
     ) -> None:
         """Rows that need what another was to bring, which could not be sent, come again."""
+        firsts = frozenset(batch.groups)
         for place, (path, row) in enumerate(rows):
-            is_first = place in batch.groups
             if (row.link or place in waiting) and self._again.takes(
-                batch.first + place, row, is_first=is_first
+                batch.first + place, row, is_first=place in firsts
             ):
                 self._changed.append(join(path, row.name))
 

@@ -8,7 +8,7 @@ from typing import Final
 
 from vstore import inode
 from vstore.copy.area import Area, fill
-from vstore.errors import NoSpace
+from vstore.errors import NoSpace, kind_of
 from vstore.folders import LastFolder, join
 
 Spot = tuple[int, bytes, bytes]
@@ -17,7 +17,6 @@ Meta = tuple[int, int, int, int, list[tuple[bytes, bytes]]]
 """Mode, uid, gid, mtime (ns) and xattrs."""
 
 _NEW_FILE: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-_NO_ROOM: Final = frozenset((errno.ENOSPC, errno.EDQUOT))
 
 
 class Staging:
@@ -45,7 +44,7 @@ class Staging:
         try:
             fd = os.open(spot[2], _NEW_FILE, mode, dir_fd=self._folder.open(spot[1]))
         except OSError as error:
-            if error.errno in _NO_ROOM:
+            if kind_of(error) is NoSpace:
                 raise
             return False
         try:
@@ -57,7 +56,7 @@ class Staging:
 
 def explain(area: Area, spot: Spot, error: OSError) -> str:
     """Why the entry at `spot` cannot be made. Raises NoSpace, which ends the copy."""
-    if error.errno in _NO_ROOM:
+    if kind_of(error) is NoSpace:
         raise NoSpace(
             f"{area.path}: no room for {os.fsdecode(join(spot[1], spot[2]))}: {error.strerror}",
             hint="free some space and run the command again: what arrived is kept",
